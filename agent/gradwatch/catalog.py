@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table reads better with one row a line)
 """The catalogue: every metric gradwatch exports and every finding it can report.
 
 This module is a leaf (it imports nothing of gradwatch) and the one truth: the
@@ -60,7 +61,9 @@ class Metric:
 
     @property
     def all_labels(self) -> tuple[str, ...]:
-        base = {"run": ("model", "run"), "rank": ("model", "run", "rank"), "agent": (), "bridge": ()}[self.scope]
+        base = {"run": ("model", "run"), "rank": ("model", "run", "rank"), "agent": (), "bridge": ()}[
+            self.scope
+        ]
         return base + self.labels
 
 
