@@ -1,0 +1,64 @@
+# What one does with this project. Each target first sets up what it needs: a virtual environment in
+# .venv, and Prometheus and Alertmanager where apt can bring them. Needs: make, Python >= 3.11.
+
+VENV  := .venv
+BIN   := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+
+# The first Python that is new enough and can make virtual environments; `make PYTHON=...` chooses another.
+CAPABLE := import sys, venv, ensurepip; sys.version_info >= (3, 11) or sys.exit(1); print(sys.executable)
+PYTHON  ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 /usr/bin/python3,$(shell $(p) -c '$(CAPABLE)' 2>/dev/null)))
+
+# What Debian calls the programs that are not Python packages.
+SERVICES := prometheus prometheus-alertmanager
+
+.DEFAULT_GOAL := help
+.PHONY: help setup services demo test verify bench generate clean
+
+help:
+	@echo 'make demo      train a small LSTM with everything on, one minute, in this terminal'
+	@echo 'make test      all tests'
+	@echo 'make verify    format, lint, types, import direction, generated files up to date'
+	@echo 'make generate  write the generated files anew'
+	@echo 'make bench     what the probe and the agent cost on this machine'
+	@echo 'make setup     only the environment, in $(VENV)'
+	@echo 'make clean     remove the environment and what the tools left behind'
+
+setup: $(READY)
+
+# torch goes first and by itself: what it drags in is then settled, and no later resolution replaces it.
+$(READY): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'gradwatch needs Python >= 3.11 with venv (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	@echo 'setting up $(VENV) with $(PYTHON)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# RUNLEVEL=1 keeps Debian from starting the daemons: tests start their own, on loopback.
+services:
+	@if { command -v prometheus && command -v promtool && command -v prometheus-alertmanager && command -v amtool; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && [ -e /etc/debian_version ] && command -v apt-get >/dev/null; then \
+	  echo 'installing $(SERVICES) by apt'; \
+	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SERVICES); } >/dev/null \
+	    || echo 'apt could not install $(SERVICES): the tests that need them will say so' >&2; \
+	else echo 'not installed: some of $(SERVICES); the tests that need them are skipped'; fi
+
+demo: $(READY)
+	@$(BIN)/gradwatch demo
+
+test: $(READY) services
+	@$(BIN)/python -m pytest -n 2
+
+verify: $(READY) services
+	@PATH="$(BIN):$$PATH" bash .ci/verify
+
+generate: $(READY)
+	@PATH="$(BIN):$$PATH" bash .ci/verify --write
+
+bench: $(READY)
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache gradwatch-demo
