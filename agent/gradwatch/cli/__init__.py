@@ -2,9 +2,9 @@
 
 A command is a line of :data:`COMMANDS` and a module ``gradwatch.cli.<name>`` that defines ``command``, a
 function with typer's annotations whose docstring is the help text (Markdown, with an indented block below
-``Examples:``), or, where it has commands of its own, ``app``, a ``typer.Typer``. It imports what is heavy inside that function, says
-what the user did wrong by raising :class:`CommandError`, and says that a check failed by
-``raise typer.Exit(1)``.
+``Examples:``), or, where it has commands of its own, ``app``, a ``typer.Typer``. It imports what is heavy
+inside that function, says what the user did wrong by raising :class:`CommandError`, and says that a check
+failed by ``raise typer.Exit(1)``.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage, also a package that is not installed.
 """
