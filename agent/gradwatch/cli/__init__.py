@@ -99,9 +99,7 @@ def _call(command: Command, arguments: list[str]) -> NoReturn:
         module = importlib.import_module(f"gradwatch.cli.{command.name}")
         app = getattr(module, "app", None)
         if app is None:
-            app = typer.Typer(
-                add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
-            )
+            app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
             app.command(context_settings={"help_option_names": ["--help", "-h"]})(module.command)
         app(arguments, prog_name=f"gradwatch {command.name}")
     except CommandError as error:

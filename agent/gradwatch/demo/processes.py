@@ -38,6 +38,7 @@ class Process:
         arguments: Sequence[str],
         log: Path,
         environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.log = log
         with log.open("wb") as output:
@@ -47,6 +48,7 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
+                cwd=directory,
                 start_new_session=True,
             )
 

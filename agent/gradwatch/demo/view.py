@@ -161,9 +161,7 @@ def render(numbers: Numbers, curve: Curve, steps: int, where: str) -> Renderable
         f"[bold]{_number(numbers.norm)}[/]",
         f"p50 {_number(numbers.p50)}, p99 {_number(numbers.p99)}",
     )
-    table.add_row(
-        "clip rate", f"[bold]{_percent(numbers.clip_rate)}[/]", f"threshold {_number(numbers.threshold)}"
-    )
+    table.add_row("clip rate", f"[bold]{_percent(numbers.clip_rate)}[/]", f"threshold {_number(numbers.threshold)}")
     table.add_row("findings", f"[bold]{sum(numbers.findings.values())}[/]", _listed(numbers.findings))
     title = " · ".join(part for part in ("gradwatch demo", "churn-lstm", numbers.run_name, numbers.state) if part)
     return Panel(Group(head, Text(), table), title=title, subtitle=where, padding=(1, 2), expand=False)
