@@ -1,0 +1,207 @@
+"""Writes rows: takes what an attempted step was, brings its values to the host, appends to the journal.
+
+On a CPU a row is whole when the step ends. On an accelerator its host columns
+are written at once; the device values leave together, when nothing more can
+join them (the loss is often logged behind the step), and the second part of
+the row is written when they have landed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from time import perf_counter, time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradwatch.journal import JournalWriter
+from gradwatch.probe import columns as col
+from gradwatch.probe.attempted import EPSILON, Attempted, Clip, clip_columns, derive
+from gradwatch.probe.lane import Lane, Values, gather, on_host
+
+Number = float | int | Tensor | None
+
+
+@dataclass(slots=True)
+class Row:
+    """A row under way: the raw values from which its device columns derive."""
+
+    step: int
+    attempted: Attempted
+    clips: list[Clip]
+    loss: Number
+    loss_scale: Number
+    tensor_rates: list[Tensor | float]
+    sequence: int = 0
+    time: float = 0.0
+
+
+class Recorder:
+    """The writing end of one run: rows, in order, into its journal."""
+
+    def __init__(self, writer: JournalWriter, columns: col.StepColumns, lane: Lane, started: float) -> None:
+        self._steps, self._tensors = writer.steps, writer.tensors
+        self._lane = lane
+        self._held: Row | None = None
+        self._previous = started
+        self._width = len(columns.device)
+        self._spare = [math.nan] * (self._width - len(col.DEVICE))
+        #: Sequence number and step of the last row, 0 and -1 before the first.
+        self.sequence = 0
+        self.step = -1
+        #: Its device columns as they were written, for a loss that comes later; empty while they are under way.
+        self._device: list[float] = []
+        #: Seconds of the training thread spent since the last row; every hook adds to it.
+        self.spent = 0.0
+
+    def write_plain(self, step: int, host: list[float], attempted: Attempted, loss: float) -> bool:
+        """Write the common row at its cheapest, or return False and write nothing.
+
+        That is: on the CPU, every tensor has a gradient, and one clip of all of
+        them, or one measurement and no clip. ``host`` is filled up and packed at
+        once, so the caller may use the list again.
+        """
+        clips, measured = attempted.clips, attempted.measured
+        if measured is None:
+            if len(clips) != 1:
+                return False
+            clip = clips[0]
+            if not clip.plain:
+                return False
+            norms, total = clip.norms, clip.total.item()  # type: ignore[union-attr]
+            max_norm = clip.max_norm
+            host[5] += col.CLIPPED_BY_NORM
+            host[6] = max_norm
+            factor = max_norm / (total + EPSILON)
+            if factor > 1.0:
+                factor = 1.0
+        else:
+            norms, factor = measured.norms, math.nan
+            if clips or measured.scale is not None or not on_host(norms):
+                return False
+            total = torch.linalg.vector_norm(norms).item()
+        payload = self._tensors.payload
+        # A norm that is not finite takes the long way, which counts the tensors that it comes from; so do
+        # several optimizers and tensors without gradient, whose columns have gaps.
+        if norms.numel() != len(payload) or not total < math.inf:  # type: ignore[union-attr]
+            return False
+        if self._held is not None:
+            self.flush()
+        payload[:] = norms.numpy()  # type: ignore[union-attr]
+        now = time()
+        tick = perf_counter()
+        host[2] = tick - self._previous
+        host[4] = self.spent
+        self._previous = tick
+        self.spent = 0.0
+        self._device = device = [loss, total, total, factor, 0.0, math.nan, *self._spare]
+        self.sequence = sequence = self._steps.append(step, now, host, device)
+        self.step = step
+        self._tensors.append(sequence, step, now)
+        return True
+
+    def write(self, row: Row, host: list[float]) -> None:
+        """Write a row: all of it where every value is on the host, else its first part."""
+        if self._held is not None:
+            self.flush()
+        flags, host[6] = clip_columns(row.clips)
+        host[5] = float(int(host[5]) | flags)
+        row.time = time()
+        tick = perf_counter()
+        host[2] = tick - self._previous
+        host[4] = self.spent
+        self._previous = tick
+        self.spent = 0.0
+        tensors = _device_values(row)
+        self.step = row.step
+        if all(on_host(t) for t in tensors):
+            self._device = self._derive(row, [t.detach().float().reshape(-1).numpy() for t in tensors])
+            self.sequence = row.sequence = self._steps.append(row.step, row.time, host, self._device)
+            self._tensors.append(row.sequence, row.step, row.time)
+            return
+        self._device = []
+        self.sequence = row.sequence = self._steps.append(row.step, row.time, host, None)
+        self._held = row
+        self._lane.poll()
+
+    def add_loss(self, loss: Number) -> None:
+        """Add a loss to the last row, logged behind its step."""
+        held = self._held
+        if held is not None:
+            held.loss = loss
+            self.flush()
+        elif isinstance(loss, Tensor) and not on_host(loss):
+            # A second loss for a row whose values have left already: it follows them, in order.
+            sequence = self.sequence
+            self._lane.send(gather([loss]), lambda values: self._complete_loss(sequence, float(values[0])))
+        else:
+            self._complete_loss(self.sequence, math.nan if loss is None else float(loss))
+
+    def _complete_loss(self, sequence: int, loss: float) -> None:
+        if sequence == self.sequence and self._device:
+            self._device[col.LOSS] = loss
+            self._steps.complete(sequence, self._device)
+
+    def flush(self) -> None:
+        """Send the device values of the row that was held back for its loss."""
+        row, self._held = self._held, None
+        if row is None:
+            return
+        tensors = _device_values(row)
+        sizes = [t.numel() for t in tensors]
+
+        def landed(values: Values) -> None:
+            parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+            device = self._derive(row, parts)
+            if row.sequence == self.sequence:
+                self._device = device
+            self._steps.complete(row.sequence, device)
+            self._tensors.append(row.sequence, row.step, row.time)
+
+        self._lane.send(gather(tensors), landed)
+
+    def _derive(self, row: Row, values: list[Values]) -> list[float]:
+        """A row's device columns from values that are on the host now; fills in the tensors' norms."""
+        landed = iter(values)
+
+        def number(value: Number, default: float) -> float:
+            if value is None:
+                return default
+            return float(next(landed)[0]) if isinstance(value, Tensor) else float(value)
+
+        loss = number(row.loss, math.nan)
+        loss_scale = number(row.loss_scale, math.nan)
+        rates = [number(rate, math.nan) for rate in row.tensor_rates]
+        totals, norms, scales = [], [], []
+        for clip in row.clips:
+            totals.append(number(clip.total, math.nan))
+            scales.append(number(clip.scale, 1.0))
+            norms.append(next(landed) if clip.norms is not None else None)
+        measured, columns = None, None
+        if row.attempted.measured is not None:
+            scale = number(row.attempted.measured.scale, 1.0)
+            measured, columns = next(landed) / scale, row.attempted.measured.columns
+        outcome = derive(row.clips, totals, norms, scales, measured, columns, self._tensors.payload)
+        numbers = [outcome.grad_norm, outcome.grad_norm_l2, outcome.clip_coefficient, float(outcome.nonfinite)]
+        device = [loss, *numbers, loss_scale, *rates]
+        return device + [math.nan] * (self._width - len(device))
+
+    def drain(self, seconds: float) -> None:
+        """At the end of a run: take in what is still under way, for at most ``seconds``."""
+        self.flush()
+        until = perf_counter() + seconds
+        self._lane.poll()
+        while self._lane.in_flight and perf_counter() < until:
+            self._lane.poll()
+
+
+def _device_values(row: Row) -> list[Tensor]:
+    """The tensors of a row, in the order in which ``Recorder._derive`` takes them up."""
+    values: list[Number] = [row.loss, row.loss_scale, *row.tensor_rates]
+    for clip in row.clips:
+        values += [clip.total, clip.scale, clip.norms]
+    if row.attempted.measured is not None:
+        values += [row.attempted.measured.scale, row.attempted.measured.norms]
+    return [value for value in values if isinstance(value, Tensor)]

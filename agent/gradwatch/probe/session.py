@@ -1,0 +1,264 @@
+"""A watched run from the inside: one object that the seam, the hooks and the public ``Run`` meet in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from time import perf_counter, time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.journal import JournalWriter
+from gradwatch.probe import columns as col
+from gradwatch.probe.aside import Aside
+from gradwatch.probe.backward import BackwardWatch
+from gradwatch.probe.contract import Contracts
+from gradwatch.probe.lane import Lane, Values, gather, on_host
+from gradwatch.probe.norms import l2_norms
+from gradwatch.probe.optimizer import OptimizerProbe, needs_wide_norms
+from gradwatch.probe.recorder import Recorder
+from gradwatch.probe.sampling import Sample, is_sampled
+from gradwatch.probe.train_log import TrainLog
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+    from gradwatch.probe.seam import ClipEvent, NormEvent, ValueClipEvent
+
+
+class Session:
+    """Everything that a run holds while it is active.
+
+    It is the seam's and the scaler's listener (they call ``on_*``), owns the
+    optimizers' probes, and is the only one that writes events. Nothing here
+    raises to a caller in the training loop.
+    """
+
+    def __init__(
+        self,
+        writer: JournalWriter,
+        columns: col.StepColumns,
+        optimizers: Mapping[str, Sequence[Optimizer]],
+        positions: dict[int, int],
+        aside: Aside,
+        lane: Lane | None = None,
+    ) -> None:
+        self.writer, self.columns, self.aside = writer, columns, aside
+        self.lane = lane or Lane()
+        self.recorder = Recorder(writer, columns, self.lane, perf_counter())
+        self.histograms = any(s.name == "histogram" for s in writer.manifest.sections)
+        self.train = TrainLog(self.recorder)
+        self.contracts = Contracts(self)
+        self.probes = [
+            OptimizerProbe(self, name, index, members, positions, columns.tensor_rates)
+            for index, (name, members) in enumerate(optimizers.items())
+        ]
+        self.backward = BackwardWatch(self.probes, self.contracts)
+        self.scaler: GradScaler | None = None
+        self._scaled = False
+        self._wide: tuple[object, list[Tensor]] | None = None
+        self._value_clip: list[Tensor] = [torch.full((), math.nan)] * 2
+
+    # -- life
+
+    def attach(self) -> None:
+        for probe in self.probes:
+            probe.attach()
+        self.backward.attach()
+
+    def detach(self) -> None:
+        for probe in self.probes:
+            probe.detach()
+        self.backward.detach()
+
+    def probe_of(self, optimizer: Optimizer) -> OptimizerProbe | None:
+        for probe in self.probes:
+            if any(member is optimizer for member in probe.optimizers):
+                return probe
+        return None
+
+    # -- what the seam reports
+
+    def on_norm(self, event: NormEvent) -> None:
+        """A norm is about to be used for a clip: keep float32 L2 norms where its own are of another kind."""
+        if self.aside.off or not event.tensors or not needs_wide_norms(event):
+            return
+        began = perf_counter()
+        self._wide = (event.total, l2_norms(event.tensors))
+        self.recorder.spent += perf_counter() - began
+
+    def on_clip(self, event: ClipEvent) -> None:
+        """Gradients were clipped by norm: it belongs to every optimizer that holds one of the parameters."""
+        if self.aside.off or not event.grads:
+            return
+        began = perf_counter()
+        wide = None
+        if self._wide is not None:
+            if self._wide[0] is event.total_norm and len(self._wide[1]) == len(event.grads):
+                wide = self._wide[1]
+            self._wide = None
+        for probe in self.probes:
+            # The first parameter decides in nearly all cases, at the price of one look-up.
+            if event.parameters[0] in probe.columns or any(p in probe.columns for p in event.parameters):
+                probe.saw_clip(event, wide, self._scale_of(probe))
+                self.contracts.clipped(probe, event)
+        self.recorder.spent += perf_counter() - began
+
+    def before_value_clip(self, event: ValueClipEvent) -> object | None:
+        """A clip by value begins; at a sampled step, keep what the gradients were."""
+        if self.aside.off:
+            return None
+        for probe in self.probes:
+            if any(p in probe.columns for p in event.parameters):
+                probe.attempted.value_threshold = float(event.clip_value)
+                probe.attempted.flags |= col.CLIPPED_BY_VALUE
+                if not probe.attempted.clips:
+                    # The gradient norm is that of the gradients before any clip.
+                    probe.measure(probe.optimizers[0])
+                if is_sampled(probe.step):
+                    return [p.grad.detach().clone() for p in event.parameters if p.grad is not None]
+        return None
+
+    def on_value_clip(self, event: ValueClipEvent, token: object | None) -> None:
+        """Behind a clip by value: clamped fraction and cosine to the unclamped gradient, at a sampled step."""
+        if not isinstance(token, list) or not token:
+            return
+        after = [p.grad.detach() for p in event.parameters if p.grad is not None]
+        clamped = sum((b != a).sum() for b, a in zip(token, after)) / sum(b.numel() for b in token)
+        dot = sum((b.float() * a.float()).sum() for b, a in zip(token, after))
+        size = torch.stack([sum((x.float() ** 2).sum() for x in xs) for xs in (token, after)]).prod().sqrt()  # type: ignore[arg-type]
+        self._value_clip = [torch.as_tensor(clamped), dot / size]
+
+    def on_failure(self, error: BaseException) -> None:
+        self.aside.failed(error, "observing the gradient clip")
+
+    # -- what the scaler reports
+
+    def on_scale(self, scaler: GradScaler) -> None:
+        self.scaler, self._scaled = scaler, True
+
+    def on_unscale(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        self.scaler = scaler
+
+    def before_step(self, scaler: GradScaler, optimizer: Optimizer, fused: bool) -> None:
+        self.scaler = scaler
+
+    def after_step(self, scaler: GradScaler, optimizer: Optimizer, skipped: bool | Tensor | None) -> None:
+        """An unfused step that was skipped called no hook of the optimizer: its row is written here."""
+        probe = self.probe_of(optimizer)
+        if probe is None or self.aside.off or skipped is not True:
+            return
+        try:
+            probe.skipped()
+        except Exception as error:
+            self.aside.failed(error, "recording a skipped step")
+
+    def on_update(self, scaler: GradScaler) -> None:
+        self._scaled = False
+
+    def loss_scale(self) -> Tensor | float | None:
+        """The scaler's present scale, on its device; None where no scaler is in use."""
+        scaler = self.scaler
+        if scaler is None or not scaler.is_enabled():
+            return None
+        scale = getattr(scaler, "_scale", None)
+        return scale.clone() if isinstance(scale, Tensor) else None
+
+    def _scale_of(self, probe: OptimizerProbe) -> Tensor | None:
+        """The scale still in an optimizer's gradients: there was a ``scale`` and not yet an ``unscale_``."""
+        scaler = self.scaler
+        if scaler is None or not self._scaled or not scaler.is_enabled():
+            return None
+        stages = [scaler._per_optimizer_states[id(o)]["stage"].name for o in probe.optimizers]
+        scale = getattr(scaler, "_scale", None)
+        return scale.clone() if "READY" in stages and isinstance(scale, Tensor) else None
+
+    # -- events
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append an event to the journal, stamped with time, row and step."""
+        if self.aside.off:
+            return
+        head = {
+            "kind": kind,
+            "time": time(),
+            "row": self.recorder.sequence,
+            "step": self.recorder.step,
+        }
+        try:
+            self.writer.events.write(head | values)
+        except Exception as error:
+            self.aside.failed(error, f"writing the event {kind!r}")
+
+    def group_added(self, probe: OptimizerProbe) -> None:
+        """A parameter group came while training: its numbers are in an event, its tensors in the global norm only."""
+        for index, optimizer in enumerate(probe.optimizers):
+            for group in optimizer.param_groups[len(probe.groups) if index == 0 else 0 :]:
+                values = {k: v for k, v in group.items() if isinstance(v, int | float | str | bool)}
+                values["parameters"] = sum(p.numel() for p in group["params"])
+                self.event("group", optimizer=probe.name, group=len(probe.groups), values=values)
+
+    def write_sample(self, probe: OptimizerProbe, sample: Sample, found_inf: Tensor | None) -> None:
+        """Bring a finished sample to the host and write its row; a skipped step has no update ratio."""
+        parts = sample.finish(len(self.writer.manifest.tensors), probe.index, self._value_clip)
+        self._value_clip = [torch.full((), math.nan)] * 2
+        if not parts:
+            return
+        row, step, now = self.recorder.sequence, probe.step, time()
+        where = np.concatenate([np.asarray(columns, dtype=np.intp) for columns, _ in parts])
+        tensors = [values for _, values in parts]
+        if found_inf is not None:
+            tensors.append(found_inf)
+
+        def landed(values: Values) -> None:
+            payload = self.writer.samples.payload
+            payload[:] = np.nan
+            payload[where] = values[: len(where)]
+            payload[0] = probe.index
+            if found_inf is not None and values[-1]:
+                payload[2:4] = np.nan
+                update = next(s for s in self.writer.manifest.sections if s.name == "update_norm")
+                payload[update.offset : update.offset + update.size] = np.nan
+            self.writer.samples.append(row, step, now)
+
+        vector = gather(tensors)
+        if on_host(vector):
+            landed(vector.numpy())
+        else:
+            self.lane.send(vector, landed)
+
+    def validation(
+        self, metrics: Mapping[str, Any], slice_: str, better_high: Mapping[str, bool], step: int | None
+    ) -> None:
+        """Write a validation event; values on a device join it when they have landed."""
+        train = self.train.take_means()
+        names = [("metrics", k, v) for k, v in metrics.items()] + [("train", k, v) for k, v in train.items()]
+        event: dict[str, Any] = {
+            "metrics": {},
+            "train": {},
+            "slice": slice_,
+            "higher_is_better": dict(better_high),
+            "step": self.recorder.step if step is None else step,
+        }
+        waiting: list[tuple[str, str]] = []
+        tensors: list[Tensor] = []
+        for part, name, value in names:
+            if isinstance(value, Tensor) and not on_host(value):
+                waiting.append((part, name))
+                tensors.append(value.detach().float().mean())
+            else:
+                event[part][name] = float(value.detach().float().mean()) if isinstance(value, Tensor) else float(value)
+        if not tensors:
+            self.event("validation", **event)
+            return
+
+        def landed(values: Values) -> None:
+            for (part, name), number in zip(waiting, values.tolist()):
+                event[part][name] = number
+            self.event("validation", **event)
+
+        self.lane.send(gather(tensors), landed)

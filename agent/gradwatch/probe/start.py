@@ -1,0 +1,162 @@
+"""How a run begins and ends: identity, journal, hooks, seam, and the agent beside it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from time import time
+from typing import Any
+
+from torch import Tensor
+
+from gradwatch import __version__
+from gradwatch.journal import JournalWriter, attempt_directory
+from gradwatch.journal.manifest import Manifest, Optimizer
+from gradwatch.journal.writer import DEFAULT_CAPACITY
+from gradwatch.probe import ends, identity, launch, metadata, scaler, seam
+from gradwatch.probe.arguments import Settings
+from gradwatch.probe.aside import Aside
+from gradwatch.probe.columns import StepColumns
+from gradwatch.probe.run import Run
+from gradwatch.probe.sampling import BUCKETS, sections
+from gradwatch.probe.session import Session
+
+#: Tensors beyond this many are in the global norm only.
+MAX_TENSORS = 4096
+#: Seconds that `finish` gives device values under way.
+DRAIN_SECONDS = 2.0
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _inert_in_child() -> None:
+    """A forked child has the parent's mappings and hooks: its stores would overwrite the parent's rows."""
+    for session in list(_sessions):
+        session.aside.off = True
+
+
+os.register_at_fork(after_in_child=_inert_in_child)
+
+
+def begin(settings: Settings, aside: Aside) -> Run:
+    """Start recording. Raises ``OSError`` or whatever else went wrong; nothing is left hooked then."""
+    root = settings.root or launch.default_root(os.environ)
+    who = identity.resolve(settings.name, os.environ, root)
+    if who.warning:
+        aside.say(who.warning)
+    table = metadata.tensor_table(settings.models, settings.optimizers)[:MAX_TENSORS]
+    group_counts = [sum(len(part.param_groups) for part in parts) for parts in settings.optimizers.values()]
+    columns = StepColumns.of(group_counts, _has_tensor_rates(settings))
+    facts = metadata.collect(
+        settings.models,
+        settings.optimizers,
+        scheduler=settings.scheduler,
+        config=settings.config,
+        max_norm=settings.max_norm,
+    )
+    target = identity.mlflow_target(os.environ)
+    manifest = Manifest(
+        run=who.run,
+        model=settings.name,
+        run_name=settings.run_name or who.run_name,
+        tier=settings.tier,
+        attempt=who.attempt,
+        rank=who.rank,
+        local_rank=who.local_rank,
+        world_size=who.world_size,
+        host=who.host,
+        boot_id=who.boot_id,
+        pid=os.getpid(),
+        start_time=time(),
+        parent=os.environ.get("GRADWATCH_PARENT", ""),
+        gradwatch=__version__,
+        optimizers=tuple(
+            Optimizer(o["name"], o["class"], bool(o["linear"]), tuple(o["groups"])) for o in facts["optimizers"]
+        ),
+        tensors=tuple(row.tensor for row in table),
+        host_columns=columns.host,
+        device_columns=columns.device,
+        sections=sections(len(table), settings.histograms),
+        buckets=BUCKETS if settings.histograms else 0,
+        budgets={"clip_rate": settings.clip_rate_budget, "generalization_gap": settings.gap_budgets},
+        max_norm=settings.max_norm,
+        hyperparameters=metadata.flatten(facts),
+        config=facts["config"],
+        mlflow=target.to_json(),
+        unchecked=tuple(
+            {"check": f"clip by {entry}", "reason": how} for entry, how in seam.coverage().items() if how == "none"
+        ),
+    )
+    writer = _create(root, manifest)
+    session = Session(
+        writer, columns, settings.optimizers, {id(row.parameter): i for i, row in enumerate(table)}, aside
+    )
+    aside.run = writer.manifest.run
+    run = Run(session, aside, settings.optimizers)
+    try:
+        for probe in session.probes:
+            if settings.initial_step is not None:
+                probe.start_at(settings.initial_step)
+        session.attach()
+        seam.acquire(session)
+        scaler.acquire(session)
+        run._ends = ends.watch_process_end(run._ended)
+    except BaseException:
+        _let_go(run, session)
+        writer.close()
+        raise
+    _sessions.add(session)
+    try:
+        run._agent = launch.ensure_agent(root, os.environ)
+    except Exception as error:
+        aside.failed(error, "starting the agent")
+    return run
+
+
+def finish(run: Run, session: Session, end: dict[str, Any]) -> None:
+    """Write the end, let go of everything."""
+    _let_go(run, session)
+    if not session.aside.off:
+        session.recorder.drain(DRAIN_SECONDS)
+        session.event("end", **end)
+    _sessions.discard(session)
+    session.writer.close()
+    if run._agent is not None:
+        run._agent.finished()
+
+
+def _let_go(run: Run, session: Session) -> None:
+    session.detach()
+    seam.release(session)
+    scaler.release(session)
+    if run._ends is not None:
+        run._ends.close()
+
+
+def _create(root: Path, manifest: Manifest) -> JournalWriter:
+    """Create the journal; an attempt whose number is taken already is the next one."""
+    capacity = int(float(os.environ.get("GRADWATCH_JOURNAL_MB", "0")) * 2**20) or DEFAULT_CAPACITY
+    for _ in range(1000):
+        directory = attempt_directory(root, manifest.run, manifest.rank, manifest.attempt)
+        try:
+            return JournalWriter(directory, manifest, capacity)
+        except (FileExistsError, BlockingIOError):
+            manifest = replace(manifest, attempt=manifest.attempt + 1)
+        except ValueError:
+            if not manifest.buckets:
+                raise
+            # Too many tensors for their histograms: the norms matter more.
+            manifest = replace(manifest, buckets=0, sections=sections(len(manifest.tensors), False))
+    raise FileExistsError(f"{root / manifest.run}: a thousand attempts already; remove old runs")
+
+
+def _has_tensor_rates(settings: Settings) -> bool:
+    """Whether a learning rate lives on a device, where reading it would synchronise."""
+    return any(
+        isinstance(group.get("lr"), Tensor) and group["lr"].device.type != "cpu"
+        for parts in settings.optimizers.values()
+        for part in parts
+        for group in part.param_groups
+    )
