@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from tests.services import mlflow_server
 
 __all__ = ["mlflow_server"]

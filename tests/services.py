@@ -70,9 +70,7 @@ def eventually(look: Callable[[], T | None], what: str, seconds: float = 30.0, p
 def fetch(url: str, data: bytes | None = None, headers: Mapping[str, str] | None = None) -> str | None:
     """The body of an answer with status 200; None where there is none (yet)."""
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, data, dict(headers or {})), timeout=10
-        ) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, dict(headers or {})), timeout=10) as answer:
             return answer.read().decode() if answer.status == 200 else None
     except (urllib.error.URLError, OSError):
         return None
@@ -175,6 +173,8 @@ class Prometheus(Server):
             f"--config.file={self.directory / 'prometheus.yml'}",
             f"--storage.tsdb.path={self.directory / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
+            # An alert that fires before the Alertmanager was discovered is sent again at once, not in a minute.
+            "--rules.alert.resend-delay=1s",
         ]
 
     def query(self, expression: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
