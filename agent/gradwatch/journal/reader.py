@@ -436,7 +436,7 @@ class _EventTail:
     def read(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         old, current = (self._identity(path) for path in self._paths)
-        if self._inode not in (old, current):
+        if not self._inode or self._inode not in (old, current):
             # First look, or two rotations since the last: begin with the oldest that is there.
             self._inode, self._offset = (old or current), 0
         if self._inode and self._inode == old:

@@ -133,6 +133,11 @@ def _optimizer(index: int, name: str, parts: Sequence[Optimizer], table: Sequenc
     }
 
 
+def _unknown_optimizer(name: str) -> dict[str, Any]:
+    unknown = {"class": "unknown", "decay": "unknown", "linear": False, "settings": {}, "groups": []}
+    return {"name": name, **unknown}
+
+
 def _group(group: Mapping[str, Any], rows: Sequence[TensorRow], defaults: Mapping[str, Any]) -> dict[str, Any]:
     kinds = Counter(row.tensor.kind for row in rows)
     own = {key: _setting(value) for key, value in group.items() if key != "params" and value is not None}

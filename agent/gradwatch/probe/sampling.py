@@ -89,7 +89,7 @@ class Sample:
         if self._before:
             torch._foreach_copy_(self._before, self._weights)
 
-    def finish(self, tensors: int, optimizer: int, spare: Sequence[Tensor | float]) -> list[tuple[Any, Tensor]]:
+    def finish(self, tensors: int, optimizer: int, spare: Sequence[Tensor]) -> list[tuple[Any, Tensor]]:
         """Behind the step: (columns of the sample's row, device values) for all that was measured."""
         parts: list[tuple[Any, Tensor]] = []
         if self.weight_norms is None:
@@ -100,7 +100,7 @@ class Sample:
         parts.append(([layout["weight_norm"] + c for c in at], weight))
         device = weight.device
         total_weight = torch.linalg.vector_norm(weight)
-        nan = torch.full((), float("nan"), device=device)
+        nan = total_weight * float("nan")
         total_update = nan
         if self._before:
             torch._foreach_sub_(self._before, self._weights)
@@ -120,8 +120,7 @@ class Sample:
         scalars = [total_weight, total_update, total_update / total_weight, total_state]
         parts.append((range(1, 5), torch.stack([s.float() for s in scalars])))
         for column, value in zip((5, 6), spare):
-            if isinstance(value, Tensor):
-                parts.append((range(column, column + 1), value.detach().float().reshape(1)))
+            parts.append((range(column, column + 1), value.detach().float().reshape(1)))
         return parts
 
     def _state_norms(self, offset: int, at: Sequence[int]) -> tuple[list[int], Tensor | None]:

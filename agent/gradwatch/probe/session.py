@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ class Session:
         self.scaler: GradScaler | None = None
         self._scaled = False
         self._wide: tuple[object, list[Tensor]] | None = None
-        self._value_clip: list[Tensor] = [torch.full((), math.nan)] * 2
+        self._value_clip: list[Tensor] = []
 
     # -- life
 
@@ -205,7 +204,7 @@ class Session:
     def write_sample(self, probe: OptimizerProbe, sample: Sample, found_inf: Tensor | None) -> None:
         """Bring a finished sample to the host and write its row; a skipped step has no update ratio."""
         parts = sample.finish(len(self.writer.manifest.tensors), probe.index, self._value_clip)
-        self._value_clip = [torch.full((), math.nan)] * 2
+        self._value_clip = []
         if not parts:
             return
         row, step, now = self.recorder.sequence, probe.step, time()

@@ -15,7 +15,7 @@ from gradwatch import __version__
 from gradwatch.journal import JournalWriter, attempt_directory
 from gradwatch.journal.manifest import Manifest, Optimizer
 from gradwatch.journal.writer import DEFAULT_CAPACITY
-from gradwatch.probe import ends, identity, launch, metadata, scaler, seam
+from gradwatch.probe import ends, identity, launch, metadata, scaler, seam, tensors
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import StepColumns
@@ -46,7 +46,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
     who = identity.resolve(settings.name, os.environ, root)
     if who.warning:
         aside.say(who.warning)
-    table = metadata.tensor_table(settings.models, settings.optimizers)[:MAX_TENSORS]
+    table = tensors.tensor_table(settings.models, settings.optimizers)[:MAX_TENSORS]
     group_counts = [sum(len(part.param_groups) for part in parts) for parts in settings.optimizers.values()]
     columns = StepColumns.of(group_counts, _has_tensor_rates(settings))
     facts = metadata.collect(
