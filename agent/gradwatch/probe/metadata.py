@@ -54,6 +54,7 @@ _DECAY: Final = {
 _UNOPTIMIZED_NAMED: Final = 20
 #: Groups of an optimizer that become flat parameters; all of them are in the manifest.
 _GROUPS_FLAT: Final = 32
+_SCHEDULERS: Final = 16
 _SCHEDULER_STATE: Final = frozenset({"optimizer", "last_epoch", "base_lrs", "verbose"})
 
 Flat = str | float | int | bool
@@ -205,23 +206,29 @@ def _step_of(cls: type) -> Any:
 
 def _scheduler(given: Any, optimizers: Mapping[str, Optimizer | Sequence[Optimizer]]) -> Any:
     if given is None:
-        found = [s for parts in optimizers.values() for part in members(parts) for s in _schedulers_of(part)]
-        inner = {id(s) for outer in found for s in getattr(outer, "_schedulers", ())}
-        given = [s for s in found if id(s) not in inner]
+        given = _schedulers_of([part for parts in optimizers.values() for part in members(parts)])
     items = list(given) if isinstance(given, Sequence) else [given]
-    described = [_describe_scheduler(item, 0) for item in items]
+    described = [_describe_scheduler(item, 0) for item in items[:_SCHEDULERS]]
     return (described[0] if len(described) == 1 else described) or None
 
 
-def _schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
-    """The schedulers that hold this optimizer. It does not know them, the garbage collector does."""
-    found: dict[int, LRScheduler] = {}
-    for holder in gc.get_referrers(optimizer):
-        owners = gc.get_referrers(holder) if type(holder) is dict and holder.get("optimizer") is optimizer else ()
-        for candidate in (holder, *owners):
-            if issubclass(type(candidate), LRScheduler) and candidate.optimizer is optimizer:
-                found[id(candidate)] = candidate
-    return list(found.values())
+def _schedulers_of(optimizers: Sequence[Optimizer]) -> list[LRScheduler]:
+    """The outermost schedulers of these optimizers, which know nothing of them, while the collector does.
+
+    Two passes over the heap whatever their number: who holds an optimizer, and
+    whose ``__dict__`` is it.
+    """
+    mine = {id(optimizer) for optimizer in optimizers}
+    holders = gc.get_referrers(*optimizers)
+    dicts = [h for h in holders if type(h) is dict and id(h.get("optimizer")) in mine]
+    owners = gc.get_referrers(*dicts) if dicts else []
+    found = {
+        id(candidate): candidate
+        for candidate in [*holders, *owners]
+        if issubclass(type(candidate), LRScheduler) and id(candidate.optimizer) in mine
+    }
+    inner = {id(part) for outer in found.values() for part in getattr(outer, "_schedulers", ())}
+    return [scheduler for key, scheduler in found.items() if key not in inner]
 
 
 def _describe_scheduler(scheduler: Any, depth: int) -> dict[str, Any]:
