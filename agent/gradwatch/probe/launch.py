@@ -12,12 +12,14 @@ a root whose lock is held has one. It says where it listens in ``agent.json``.
 ========================  ====================================================
 
 The agent outlives its trainer to drain, except where the trainer's end takes
-it along: a trainer that is PID 1 of its container, or under it, and Slurm's
-cleaning up. There `AgentHandle.finished` waits for the drain, bounded.
+it along: PID 1 of a container, what PID 1 waits for, and Slurm's cleaning up.
+There the end of the interpreter waits for the drain, and so does the end of a
+run in a PID 1, which may leave without a word; both are bounded.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -67,6 +69,7 @@ class AgentHandle:
     dies_with_us: bool = False
     _owner: int = field(default_factory=os.getpid)
     _gone: bool = False
+    _ended_at: float = field(default_factory=time.time)
 
     def alive(self) -> bool:
         """Whether it runs; reaps it where it has ended, so that no zombie stays behind."""
@@ -82,35 +85,54 @@ class AgentHandle:
         """Where it listens, like ``127.0.0.1:9460``; None while it does not."""
         return agent_address(self.root)
 
-    def finished(self) -> None:
-        """A run has ended: wait for its drain where the agent would die with this process, else do nothing."""
-        if self.alive() and self.dies_with_us:
-            self.wait_drained()
+    def finished(self, run: str | None = None) -> None:
+        """A run has ended. Waits for its drain in a PID 1; elsewhere nothing waits but the interpreter's end."""
+        self._ended_at = time.time()
+        if os.getpid() == 1 and self.alive():
+            self.wait_drained(run=run)
 
     def wait_drained(
         self,
         timeout: float = DRAIN_SECONDS,
+        run: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> bool:
-        """Wait until the agent has delivered all that was written, or has left; False when time was up first.
+        """Wait until the agent has delivered what was written, or has left; False when time was up first.
 
-        Drained means that ``agent.json``, read anew, says ``"drained": true``,
-        which the agent writes when each run that it has seen has ended and
-        every sink holds nothing more.
+        Drained means that ``agent.json``, read anew, has in ``"drained"``, a
+        mapping of run to Unix time, a time behind the end of ``run`` (of any
+        run, where None): the agent saw the end, and no sink holds more of it.
         """
         until = clock() + timeout
         while self.alive():
-            if agent_document(self.root).get("drained") is True:
+            if self._drained(run):
                 return True
             if clock() >= until:
                 return False
             sleep(0.05)
         return True
 
+    def _drained(self, run: str | None) -> bool:
+        drained = agent_document(self.root).get("drained")
+        times = drained.values() if run is None and isinstance(drained, dict) else []
+        if run is not None and isinstance(drained, dict):
+            times = [drained.get(run)]
+        return any(isinstance(at, int | float) and at >= self._ended_at for at in times)
+
 
 _started: dict[Path, AgentHandle] = {}
 _warned: set[str] = set()
+
+
+def _before_exit() -> None:
+    """Give the agents that would die with this process their time; runs behind the hooks that tell the end."""
+    for handle in _started.values():
+        if handle.dies_with_us and handle.alive():
+            handle.wait_drained()
+
+
+atexit.register(_before_exit)
 
 
 def ensure_agent(root: Path, env: Mapping[str, str] | None = None) -> AgentHandle | None:
@@ -169,16 +191,13 @@ def _ensure(root: Path, env: Mapping[str, str]) -> AgentHandle | None:
 
 
 def _spawn(root: Path, state: Path, env: Mapping[str, str]) -> int:
-    command = [sys.executable, "-P", "-m", "gradwatch", "agent", "--dir", str(root.absolute()), "--until-done"]
-    if env.get("GRADWATCH_LISTEN"):
-        command += ["--listen", env["GRADWATCH_LISTEN"]]
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     log_path = state / LOG
     grown = log_path.exists() and log_path.stat().st_size > _LOG_LIMIT
     log = os.open(log_path, flags | (os.O_TRUNC if grown else os.O_APPEND), 0o600)
     try:
         process = subprocess.Popen(
-            command,
+            _command(root, env),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -192,6 +211,11 @@ def _spawn(root: Path, state: Path, env: Mapping[str, str]) -> int:
     # It is meant to outlive this object, which would complain about that; `AgentHandle` reaps it.
     process.returncode = 0
     return process.pid
+
+
+def _command(root: Path, env: Mapping[str, str]) -> list[str]:
+    command = [sys.executable, "-P", "-m", "gradwatch", "agent", "--dir", str(root.absolute()), "--until-done"]
+    return [*command, "--listen", env["GRADWATCH_LISTEN"]] if env.get("GRADWATCH_LISTEN") else command
 
 
 def _agent_environment(env: Mapping[str, str]) -> dict[str, str]:
