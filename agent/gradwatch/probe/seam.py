@@ -1,0 +1,429 @@
+"""The clip seam: sees every gradient clip where it happens, and changes no bit of its result.
+
+``torch.nn.utils.clip_grad_norm_`` computes a norm per tensor, combines them and
+drops them. The seam keeps them. It puts its own function into the ``func`` cell
+of the ``no_grad`` wrapper around each entry point of ``torch.nn.utils``, so that
+whoever imported a name by value is seen too; where there is no such cell,
+module attributes are replaced instead. One seam serves all runs of a process:
+the first listener installs it, the last one out restores torch exactly.
+
+All norms are **pre-clip**, of the gradients as they stand (scaled, if a loss
+scale is in them), and stay on their device: nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import CellType, FunctionType, GeneratorType, ModuleType
+from typing import Any, Final, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.nn import utils
+from torch.nn.utils import clip_grad
+
+from gradwatch.probe.captured import alike, captured_norm, clip_alike_, is_known, norm_alike
+from gradwatch.probe.listeners import Listeners, failed
+
+_Tensors = Tensor | Iterable[Tensor]
+_Function = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class NormEvent:
+    """A global norm was computed: ``total = (Σ normsᵢᵖ)^(1/p)`` with p = ``norm_type``.
+
+    ``norms``: a vector, one entry for each of ``tensors`` in their order, on the
+    device of ``total``; of a DTensor, the norm of this rank's shard. None where
+    torch's code gave no sight of them. ``tensors`` are the gradients themselves,
+    unclipped while ``on_norm`` runs.
+    """
+
+    tensors: list[Tensor]
+    norms: Tensor | None
+    total: Tensor
+    norm_type: float
+
+
+@dataclass(slots=True)
+class ClipEvent:
+    """Gradients were scaled in place by ``min(1, max_norm / (total_norm + 1e-6))``.
+
+    ``grads`` are the gradients of ``parameters`` that are not None, in order.
+    ``norm`` is the computation that ``total_norm`` came from (told by identity),
+    None where it came from elsewhere.
+    """
+
+    parameters: list[Tensor]
+    grads: list[Tensor]
+    max_norm: float
+    total_norm: Tensor
+    norm: NormEvent | None
+
+
+@dataclass(slots=True)
+class ValueClipEvent:
+    """Gradients are clamped, element by element, to ``[-clip_value, clip_value]``."""
+
+    parameters: list[Tensor]
+    grads: list[Tensor]
+    clip_value: float
+
+
+class Listener(Protocol):
+    """Who is told about clips. What it raises goes to its own ``on_failure``, never to the training loop."""
+
+    def on_norm(self, event: NormEvent) -> None:
+        """A norm was computed; no gradient is clipped yet."""
+
+    def on_clip(self, event: ClipEvent) -> None:
+        """A clip by norm has run."""
+
+    def before_value_clip(self, event: ValueClipEvent) -> object | None:
+        """A clip by value is about to run; what is returned comes back in :meth:`on_value_clip`."""
+
+    def on_value_clip(self, event: ValueClipEvent, token: object | None) -> None:
+        """A clip by value has run."""
+
+    def on_failure(self, error: Exception) -> None:
+        """One of the methods above raised ``error``."""
+
+
+# -- who listens
+
+_lock = threading.Lock()
+_listeners: Listeners[Listener] = Listeners()
+_sites: list[_Site] = []
+_traced = 0
+
+
+def acquire(listener: Listener) -> None:
+    """Tell ``listener`` of every clip from now on; acquiring again needs another :func:`release`."""
+    with _lock:
+        if not _sites:
+            _sites.extend(site for entry in _ENTRIES if (site := _Site.find(entry)) is not None)
+            for site in _sites:
+                site.install()
+        _listeners.add(listener)
+
+
+def release(listener: Listener) -> None:
+    """Tell ``listener`` no more; the last one restores torch. One that is not registered is ignored."""
+    with _lock:
+        _listeners.remove(listener)
+        if not _listeners.now:
+            for site in _sites:
+                site.restore()
+            _sites.clear()
+
+
+def installed() -> bool:
+    """Whether torch's functions are replaced at present."""
+    return bool(_sites)
+
+
+def coverage() -> dict[str, str]:
+    """How each entry point of torch is seen, or would be: by its ``cell``, by ``attribute``, or ``none``."""
+    with _lock:
+        sites = {site.entry.name: site.how for site in _sites}
+    if not sites:
+        sites = {entry.name: site.how for entry in _ENTRIES if (site := _Site.find(entry)) is not None}
+    return {entry.name: sites.get(entry.name, "none") for entry in _ENTRIES}
+
+
+def traced() -> int:
+    """How many calls were traced by a compiler since the process started: what runs compiled is not seen."""
+    return _traced
+
+
+# -- what stands in for torch's functions; each is called in the `no_grad` of the wrapper around it
+
+
+def _clip_grad_norm(original: _Function) -> _Function:
+    fast = is_known(original)
+
+    def clip_grad_norm_(
+        parameters: _Tensors,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+        **future: Any,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            _trace()
+            return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
+        listeners = _listeners.now
+        if not listeners or not fast or future or error_if_nonfinite or foreach is False:
+            return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
+        params = _listed(parameters)
+        if not params and isinstance(parameters, GeneratorType):
+            # Said here, since torch counts the frames up to the caller.
+            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+        grads = [g for p in params if (g := p.grad) is not None]
+        if not alike(grads):
+            return original(params, max_norm, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+        norm_type = float(norm_type)
+        norms, total = norm_alike(grads, norm_type)
+        norm = NormEvent(grads, norms, total, norm_type)
+        _tell_norm(listeners, norm)
+        max_norm = float(max_norm)
+        clip_alike_(grads, max_norm, total)
+        _tell_clip(listeners, ClipEvent(params, grads, max_norm, total, norm))
+        return total
+
+    return clip_grad_norm_
+
+
+def _total_norm(original: _Function) -> _Function:
+    fast = is_known(original)
+
+    def _get_total_norm(
+        tensors: _Tensors,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+        **future: Any,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            _trace()
+            return original(tensors, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
+        listeners = _listeners.now
+        if not listeners:
+            return original(tensors, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
+        given = _listed(tensors)
+        norms: Tensor | None
+        if fast and not (future or error_if_nonfinite or foreach is False) and alike(given):
+            norm_type = float(norm_type)
+            norms, total = norm_alike(given, norm_type)
+        else:
+            norms, total = captured_norm(original, given, norm_type, error_if_nonfinite, foreach, **future)
+        norm = NormEvent(given, norms, total, float(norm_type))
+        _last.remember(norm)
+        _tell_norm(listeners, norm)
+        return total
+
+    return _get_total_norm
+
+
+def _clip_with_norm(original: _Function) -> _Function:
+    fast = is_known(original)
+
+    def _clip_grads_with_norm_(
+        parameters: _Tensors,
+        max_norm: float,
+        total_norm: Tensor,
+        foreach: bool | None = None,
+        **future: Any,
+    ) -> None:
+        if torch.compiler.is_compiling():
+            _trace()
+            original(parameters, max_norm, total_norm, foreach, **future)
+            return
+        listeners = _listeners.now
+        if not listeners:
+            original(parameters, max_norm, total_norm, foreach, **future)
+            return
+        params = _listed(parameters)
+        grads = [g for p in params if (g := p.grad) is not None]
+        max_norm = float(max_norm)
+        if fast and not future and foreach is not False and alike(grads, total_norm):
+            clip_alike_(grads, max_norm, total_norm)
+        else:
+            original(params, max_norm, total_norm, foreach, **future)
+        _tell_clip(listeners, ClipEvent(params, grads, max_norm, total_norm, _last.recall(total_norm)))
+
+    return _clip_grads_with_norm_
+
+
+def _clip_value(original: _Function) -> _Function:
+    def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | None = None, **future: Any) -> None:
+        if torch.compiler.is_compiling():
+            _trace()
+            original(parameters, clip_value, foreach, **future)
+            return
+        listeners = _listeners.now
+        if not listeners:
+            original(parameters, clip_value, foreach, **future)
+            return
+        params = _listed(parameters)
+        clip_value = float(clip_value)
+        event = ValueClipEvent(params, [g for p in params if (g := p.grad) is not None], clip_value)
+        tokens: list[tuple[Listener, object | None]] = []
+        for listener in listeners:
+            try:
+                tokens.append((listener, listener.before_value_clip(event)))
+            except Exception as error:
+                failed(listener, error)
+        original(params, clip_value, foreach, **future)
+        for listener, token in tokens:
+            try:
+                listener.on_value_clip(event, token)
+            except Exception as error:
+                failed(listener, error)
+
+    return clip_grad_value_
+
+
+def _listed(tensors: _Tensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _tell_norm(listeners: tuple[Listener, ...], event: NormEvent) -> None:
+    for listener in listeners:
+        try:
+            listener.on_norm(event)
+        except Exception as error:
+            failed(listener, error)
+
+
+def _tell_clip(listeners: tuple[Listener, ...], event: ClipEvent) -> None:
+    for listener in listeners:
+        try:
+            listener.on_clip(event)
+        except Exception as error:
+            failed(listener, error)
+
+
+def _trace() -> None:
+    global _traced
+    _traced += 1
+
+
+# A compiler calls it once while it traces, and puts its result (None) into the graph: no guard, no graph break.
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _Last(threading.local):
+    """The thread's newest norm, for the clip that is handed its total.
+
+    Gradients are held weakly: a norm that no clip follows must not keep a
+    model's gradients alive into the next backward pass.
+    """
+
+    _seen: tuple[Tensor, list[ref[Tensor]], Tensor | None, float] | None = None
+
+    def remember(self, norm: NormEvent) -> None:
+        self._seen = (norm.total, [ref(t) for t in norm.tensors], norm.norms, norm.norm_type)
+
+    def recall(self, total: Tensor) -> NormEvent | None:
+        if self._seen is None or self._seen[0] is not total:
+            return None
+        _, refs, norms, norm_type = self._seen
+        tensors = [t for r in refs if (t := r()) is not None]
+        return NormEvent(tensors, norms, total, norm_type) if len(tensors) == len(refs) else None
+
+
+_last = _Last()
+
+
+# -- where it is put
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A function of torch, who stands in for it, what it must accept, and the modules that offer it."""
+
+    name: str
+    stand_in: Callable[[_Function], _Function]
+    arguments: tuple[str, ...]
+    places: tuple[tuple[ModuleType, str], ...]
+
+
+_ENTRIES: Final = (
+    _Entry(
+        "clip_grad_norm_",
+        _clip_grad_norm,
+        ("parameters", "max_norm", "norm_type", "error_if_nonfinite", "foreach"),
+        ((clip_grad, "clip_grad_norm_"), (utils, "clip_grad_norm_")),
+    ),
+    _Entry(
+        "get_total_norm",
+        _total_norm,
+        ("tensors", "norm_type", "error_if_nonfinite", "foreach"),
+        ((clip_grad, "_get_total_norm"), (utils, "get_total_norm")),
+    ),
+    _Entry(
+        "clip_grads_with_norm_",
+        _clip_with_norm,
+        ("parameters", "max_norm", "total_norm", "foreach"),
+        ((clip_grad, "_clip_grads_with_norm_"), (utils, "clip_grads_with_norm_")),
+    ),
+    _Entry(
+        "clip_grad_value_",
+        _clip_value,
+        ("parameters", "clip_value", "foreach"),
+        ((clip_grad, "clip_grad_value_"), (utils, "clip_grad_value_")),
+    ),
+)
+
+
+#: Where torch defines the wrapper whose cell is used: its own here, or the general decorator.
+_NO_GRAD: Final = (clip_grad.__name__, "torch.utils._contextlib")
+
+
+class _Site:
+    """One entry point, replaced and put back. Each install makes a new stand-in: an old one that somebody
+    still holds calls what stood there before it, and can never meet itself."""
+
+    def __init__(self, entry: _Entry, cell: CellType | None) -> None:
+        self.entry, self.cell = entry, cell
+        self.how = "attribute" if cell is None else "cell"
+        self._stand_in: _Function | None = None
+        self._originals: list[_Function] = []
+
+    @classmethod
+    def find(cls, entry: _Entry) -> _Site | None:
+        function = getattr(*entry.places[0], None)
+        if not callable(function):
+            return None
+        cell = _func_cell(function)
+        inner = function if cell is None else cell.cell_contents
+        return cls(entry, cell) if _accepts(inner, entry.arguments) else None
+
+    def install(self) -> None:
+        if self.cell is not None:
+            self._originals = [self.cell.cell_contents]
+            self._stand_in = self.cell.cell_contents = self.entry.stand_in(self._originals[0])
+            return
+        self._originals = [getattr(module, name, None) for module, name in self.entry.places]  # type: ignore[misc]
+        self._stand_in = torch.no_grad()(self.entry.stand_in(self._originals[0]))
+        for module, name in self.entry.places:
+            if getattr(module, name, None) is self._originals[0]:
+                setattr(module, name, self._stand_in)
+
+    def restore(self) -> None:
+        """Put back what was there, unless somebody else has put something on top since."""
+        if self.cell is not None:
+            if self.cell.cell_contents is self._stand_in:
+                self.cell.cell_contents = self._originals[0]
+            return
+        for (module, name), original in zip(self.entry.places, self._originals):
+            if getattr(module, name, None) is self._stand_in:
+                setattr(module, name, original)
+
+
+def _func_cell(function: Any) -> CellType | None:
+    """The cell of a ``no_grad`` wrapper that holds the wrapped function; looks below other people's wrappers."""
+    for _ in range(8):
+        if not isinstance(function, FunctionType):
+            return None
+        if function.__closure__ and "func" in function.__code__.co_freevars:
+            cell = function.__closure__[function.__code__.co_freevars.index("func")]
+            if function.__globals__.get("__name__") in _NO_GRAD and isinstance(cell.cell_contents, FunctionType):
+                return cell
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _accepts(function: Any, arguments: tuple[str, ...]) -> bool:
+    while not isinstance(function, FunctionType) or function.__code__.co_varnames[:1] == ("args",):
+        function = getattr(function, "__wrapped__", None)
+        if function is None:
+            return False
+    code = function.__code__
+    return code.co_varnames[: len(arguments)] == arguments
