@@ -49,8 +49,9 @@ def only(lines: list[Any]) -> dict[str, Any]:
     return end
 
 
+CAUGHT = "try:\n    sys.exit(3)\nexcept SystemExit:\n    "
 CASES = {
-    "end of the script": ("pass", "finished", None, None, 0),
+    "end of the script": ("pass", "finished", None, "", 0),
     "exception": ("raise ValueError('loss is nan')", "failed", 1, "ValueError", 1),
     "sys.exit(0)": ("sys.exit(0)", "finished", 0, "", 0),
     "sys.exit()": ("sys.exit()", "finished", 0, "", 0),
@@ -60,12 +61,12 @@ CASES = {
     "sys.exit(text)": ("sys.exit('no data')", "failed", 1, "SystemExit", 1),
     "exit(4)": ("exit(4)", "failed", 4, "SystemExit", 4),
     "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "killed", None, "KeyboardInterrupt", -2),
-    "logged and exited": ("try:\n    1 / 0\nexcept Exception:\n    sys.exit(5)", "failed", 5, "ZeroDivisionError", 5),
-    "argparse": ("import argparse; argparse.ArgumentParser().parse_args(['--nope'])", "failed", 2, "SystemExit", 2),
-    "caught exit": ("try:\n    sys.exit(3)\nexcept SystemExit:\n    pass", "finished", None, "", 0),
-    "caught exit in a function": ("def f():\n    try:\n        sys.exit(3)\n    except SystemExit: pass\nf()", "finished", None, "", 0),
-    "exit in a thread": ("t = threading.Thread(target=sys.exit, args=(3,)); t.start(); t.join()", "finished", None, "", 0),
-    "caught exit, then exception": ("try:\n    sys.exit(3)\nexcept SystemExit:\n    raise KeyError('x') from None", "failed", 1, "KeyError", 1),
+    "logged, then exit": ("try:\n    1 / 0\nexcept Exception:\n    sys.exit(5)", "failed", 5, "ZeroDivisionError", 5),
+    "argparse": ("import argparse; argparse.ArgumentParser().parse_args(['-x'])", "failed", 2, "SystemExit", 2),
+    "caught exit": (CAUGHT + "pass", "finished", None, "", 0),
+    "caught in a function": ("def f():\n " + CAUGHT.replace("\n", "\n ") + "pass\nf()", "finished", None, "", 0),
+    "caught, then exception": (CAUGHT + "raise KeyError('x') from None", "failed", 1, "KeyError", 1),
+    "exit in a thread": ("threading.Thread(target=sys.exit, args=(3,)).start()", "finished", None, "", 0),
     "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", "killed", None, "", -15),
 }  # fmt: skip
 
@@ -77,7 +78,7 @@ def test_an_end_is_told_and_not_changed(case: str, module: bool, tmp_path: Path)
     lines, done = run(tmp_path, code, module=module)
     bare, bare_done = run(tmp_path, code, watch="", module=module)
     end = only(lines)
-    assert (end["state"], end["exit_code"], end["type"]) == (state, exit_code, kind or "")
+    assert (end["state"], end["exit_code"], end["type"]) == (state, exit_code, kind)
     assert end["signal"] == (-returncode if returncode < 0 else None)
     assert bare == []
     assert done.returncode == bare_done.returncode == returncode

@@ -38,9 +38,7 @@ def test_the_first_variable_that_is_set_names_the_run() -> None:
     for name in sources:
         found = resolve("churn", env)
         assert found.source == name
-        assert found.run == (
-            f"id-of-{name}" if name != "SLURM_JOB_ID" else "slurm-id-of-SLURM_JOB_ID-".rstrip("-")
-        )
+        assert found.run == (f"id-of-{name}" if name != "SLURM_JOB_ID" else "slurm-id-of-SLURM_JOB_ID-".rstrip("-"))
         del env[name]
     assert resolve("churn", env).source == "new"
 
@@ -122,7 +120,10 @@ def test_a_run_has_a_name_for_people() -> None:
             },
             (5, 1, 8, 4, True),
         ),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, (1, 1, 2, 2, True)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            (1, 1, 2, 2, True),
+        ),
         ({"RANK": "x", "WORLD_SIZE": "-1", "LOCAL_RANK": ""}, (0, 0, 1, 1, True)),
     ],
 )  # fmt: skip
@@ -153,14 +154,10 @@ def test_an_initialised_process_group_knows_better(monkeypatch: pytest.MonkeyPat
         ({}, 0),
     ],
 )
-def test_the_launcher_tells_the_attempt_to_all_ranks_alike(
-    env: dict[str, str], attempt: int, tmp_path: Path
-) -> None:
+def test_the_launcher_tells_the_attempt_to_all_ranks_alike(env: dict[str, str], attempt: int, tmp_path: Path) -> None:
     for rank in range(3):
         identity._given.clear()
-        found = resolve(
-            "churn", {"GRADWATCH_RUN": "r", "RANK": str(rank), "WORLD_SIZE": "3", **env}, tmp_path
-        )
+        found = resolve("churn", {"GRADWATCH_RUN": "r", "RANK": str(rank), "WORLD_SIZE": "3", **env}, tmp_path)
         assert found.attempt == attempt
 
 
@@ -179,7 +176,8 @@ def test_the_journal_knows_the_attempts_that_nothing_else_counted(tmp_path: Path
 
 
 SHOW = (
-    "import json, sys; from gradwatch.probe.identity import resolve; i = resolve('churn', dict(json.loads(sys.argv[1]))); "
+    "import json, sys; from gradwatch.probe.identity import resolve; "
+    "i = resolve('churn', json.loads(sys.argv[1])); "
     "print(json.dumps([i.run, i.source, i.warning]))"
 )
 LAUNCH = (

@@ -33,7 +33,7 @@ except BlockingIOError:
 (state / "seen.json").write_text(json.dumps({
     "cwd": os.getcwd(), "session": os.getsid(0), "pid": os.getpid(), "env": dict(os.environ),
     "fds": {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in ("0", "1", "2")},
-    "open": [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")],
+    "open": [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.exists()],
 }))
 (state / "agent.json.tmp").write_text(json.dumps({"address": "127.0.0.1:9", "pid": os.getpid(), "drained": {}}))
 (state / "agent.json.tmp").rename(state / "agent.json")

@@ -127,7 +127,7 @@ def test_without_a_module_name_and_shape_tell_the_kind(name: str, shape: tuple[i
 
 def test_everything_that_reproduction_needs_is_collected() -> None:
     net = Net()
-    net.conv.bias.requires_grad_(False)  # noqa: FBT003
+    net.conv.bias.requires_grad_(False)
     optimizer = two_groups(net)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000, eta_min=1e-6)
     config = {"batch_size": 64, "data": {"path": Path("/d"), "password": "hunter2"}, "db": "pg://u:hunter2@h/x"}

@@ -216,9 +216,7 @@ def test_cycles_depth_and_size_are_bounded() -> None:
     deep: Any = 1
     for _ in range(10_000):
         deep = [deep]
-    text = json.dumps(
-        clean({"deep": deep, "wide": list(range(10**6)), "long": "x" * 10**6, "many": [[0] * 400] * 400})
-    )
+    text = json.dumps(clean({"deep": deep, "wide": list(range(10**6)), "long": "x" * 10**6, "many": [[0] * 400] * 400}))
     assert len(text) < 100_000
     shared = [1]
     assert jsonable([shared, shared]) == [[1], [1]]  # twice is no cycle

@@ -33,23 +33,28 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from gradwatch.probe.mlflow_target import MlflowTarget, absolute_uri, mlflow_target
+from gradwatch.probe.names import run_name
 from gradwatch.probe.secrets import scrub
 
+__all__ = [
+    "Identity",
+    "MlflowTarget",
+    "absolute_uri",
+    "boot_id",
+    "mlflow_target",
+    "new_id",
+    "resolve",
+    "run_name",
+    "safe_id",
+    "slug",
+]
+
 _ID_LENGTH: Final = 128
-_ADJECTIVES: Final = (
-    "amber brave brisk calm clear cosmic crisp daring eager fair fleet frosty gentle golden grand happy humble "
-    "jolly keen kind lively lucid lunar merry mellow noble pale plain polar proud quick quiet rapid ruby rustic "
-    "sage sharp shy silent silver sleek solar solid spry steady still stout sunny swift tidy vivid warm wise witty"
-).split()
-_NOUNS: Final = (
-    "acorn aspen badger beacon birch brook cedar comet coral crane creek delta dune eagle ember falcon fern finch "
-    "fjord fox glade grove harbor hawk heron island ivy juniper lark lynx maple meadow mesa moss oak orbit osprey "
-    "otter owl peak pebble pine plover raven reef ridge river robin sparrow spruce stone summit thistle tide willow wren"
-).split()
 
 #: Ids given out in this process: what it trains next is another run, whatever the environment says.
 _given: set[str] = set()
@@ -138,14 +143,6 @@ def new_id(model_name: str, now: float | None = None) -> str:
     return f"{slug(model_name)}-{stamp}-{secrets.token_hex(5)}"
 
 
-def run_name(run: str) -> str:
-    """Two words for a run, the same wherever its id is known, like ``quiet-heron-3f``."""
-    digest = hashlib.sha256(run.encode()).digest()
-    adjective = _ADJECTIVES[int.from_bytes(digest[:4], "big") % len(_ADJECTIVES)]
-    noun = _NOUNS[int.from_bytes(digest[4:8], "big") % len(_NOUNS)]
-    return f"{adjective}-{noun}-{digest[8]:02x}"
-
-
 # -- the run
 
 
@@ -197,17 +194,11 @@ def _launcher() -> tuple[float, str] | None:
         return None
     try:
         ticks = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
         return None
-    hertz = os.sysconf("SC_CLK_TCK")
-    started = time.time() - uptime + ticks / hertz
-    facts = f"{boot_id()} {parent} {ticks}"
-    # The clock may be set between two ranks' looks: a minute is coarse enough for all but a few, so the
-    # fingerprint alone decides and the stamp is the kernel's own: boot time, which does not move.
-    return _boot_time() + ticks / hertz if _boot_time() else started, hashlib.sha256(
-        facts.encode()
-    ).hexdigest()[:10]
+    # The kernel's boot time and the ticks since do not move when the clock is set, so all ranks see one stamp.
+    fingerprint = hashlib.sha256(f"{boot_id()} {parent} {ticks}".encode()).hexdigest()[:10]
+    return _boot_time() + ticks / os.sysconf("SC_CLK_TCK"), fingerprint
 
 
 def _boot_time() -> float:
@@ -256,15 +247,13 @@ def _next_on_disk(root: Path | None, run: str, rank: int) -> int:
 
 
 def _place(env: Mapping[str, str]) -> Identity:
-    """Rank and world: an initialised process group's, else torchrun's variables, else srun's, else mpirun's."""
+    """Rank and world: an initialised process group's, else torchrun's, else srun's, else mpirun's."""
     group = _process_group()
     # srun sets SLURM_STEP_NUM_TASKS; a batch script has SLURM_PROCID too, but one process only.
     slurm = "SLURM_STEP_NUM_TASKS" in env
     rank = _first(env, "RANK", "SLURM_PROCID" if slurm else "", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     world = _first(env, "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    local = _first(
-        env, "LOCAL_RANK", "SLURM_LOCALID" if slurm else "", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"
-    )
+    local = _first(env, "LOCAL_RANK", "SLURM_LOCALID" if slurm else "", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
     local_world = _first(env, "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
     if group is not None:
         rank, world = group
@@ -323,65 +312,3 @@ def _integer(env: Mapping[str, str], name: str) -> int | None:
 
 def _first(env: Mapping[str, str], *names: str) -> int | None:
     return next((value for name in names if name and (value := _integer(env, name)) is not None), None)
-
-
-# -- MLflow
-
-
-@dataclass(frozen=True, slots=True)
-class MlflowTarget:
-    """The MLflow run that this training belongs to.
-
-    ``tracking_uri`` is safe to write down; ``secret_uri`` may hold credentials
-    and is for the environment of the agent alone. ``source`` says what told the
-    run: ``active`` (in this process), ``MLFLOW_RUN_ID``, or "" for none.
-    """
-
-    run_id: str | None = None
-    tracking_uri: str | None = None
-    experiment: str | None = None
-    source: str = ""
-    secret_uri: str | None = field(default=None, repr=False, compare=False)
-
-    def to_json(self) -> dict[str, str | None]:
-        """The manifest's ``mlflow``: no credentials."""
-        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id, "experiment": self.experiment}
-
-
-def mlflow_target(env: Mapping[str, str] | None = None) -> MlflowTarget:
-    """The run that is active in this process, else ``MLFLOW_RUN_ID``; and the tracking server.
-
-    MLflow is asked only where the trainer has imported it, and only for what it
-    holds in memory: no import, no network. Never raises.
-    """
-    env = os.environ if env is None else env
-    uri: str | None = None
-    run_id = experiment = None
-    source = ""
-    mlflow: Any = sys.modules.get("mlflow")
-    try:
-        active = mlflow.active_run() if mlflow is not None else None
-        if active is not None:
-            run_id, source = str(active.info.run_id), "active"
-            experiment = str(active.info.experiment_id)
-        if mlflow is not None and (active is not None or mlflow.is_tracking_uri_set()):
-            uri = str(mlflow.get_tracking_uri())
-    except Exception:  # half imported, a stand-in, another version
-        pass
-    if run_id is None and env.get("MLFLOW_RUN_ID", "").strip():
-        run_id, source = env["MLFLOW_RUN_ID"].strip(), "MLFLOW_RUN_ID"
-    uri = uri or env.get("MLFLOW_TRACKING_URI", "").strip() or None
-    uri = absolute_uri(uri) if uri else None
-    return MlflowTarget(run_id, scrub(uri) if uri else None, experiment, source, uri)
-
-
-def absolute_uri(uri: str) -> str:
-    """A tracking URI that means the same in another working directory."""
-    for scheme in ("sqlite:///", "file:", ""):
-        path = uri[len(scheme) :]
-        if not uri.startswith(scheme) or path.startswith("/"):
-            continue
-        if not scheme and (":" in path or path == "databricks"):
-            return uri
-        return scheme + os.path.abspath(path)  # noqa: PTH100 (a text, and no link is followed)
-    return uri

@@ -170,9 +170,7 @@ class _Plain:
 
     def _container(self, value: object, depth: int) -> Json:
         if isinstance(value, Mapping):
-            return self._mapping(
-                ((k, functools.partial(value.__getitem__, k)) for k in value), len(value), depth
-            )
+            return self._mapping(((k, functools.partial(value.__getitem__, k)) for k in value), len(value), depth)
         if isinstance(value, functools.partial):
             call = {"call": value.func, "args": value.args, "kwargs": value.keywords}
             return self.convert({k: v for k, v in call.items() if v}, depth)
@@ -182,14 +180,10 @@ class _Plain:
             return self._sequence(value, depth)
         fields = _fields(value)
         if fields is not None:
-            return self._mapping(
-                ((k, functools.partial(getattr, value, k)) for k in fields), len(fields), depth
-            )
+            return self._mapping(((k, functools.partial(getattr, value, k)) for k in fields), len(fields), depth)
         return f"<{_name(type(value))}>"
 
-    def _mapping(
-        self, items: Iterable[tuple[object, functools.partial[Any]]], length: int, depth: int
-    ) -> Json:
+    def _mapping(self, items: Iterable[tuple[object, functools.partial[Any]]], length: int, depth: int) -> Json:
         result: dict[str, Json] = {}
         for key, get in items:
             if len(result) >= MAX_ITEMS or self.nodes > MAX_NODES:

@@ -10,6 +10,7 @@ account.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from enum import IntEnum
@@ -35,34 +36,39 @@ def _words(text: str) -> frozenset[str]:
 
 # One of these words in a name is enough.
 _SECRET_WORDS: Final = _words(
-    "password passwords passwd passphrase passcode passkey secret secrets credential credentials cred creds "
-    "apikey apikeys apitoken accesskey accesstoken secretkey privatekey authkey authtoken authorization auth "
-    "bearer cookie cookies jwt otp sas webhook userinfo"
+    "password passwords passwd passphrase passcode passkey secret secrets credential credentials cred "
+    "creds apikey apikeys apitoken accesskey accesstoken secretkey privatekey authkey authtoken "
+    "authorization auth bearer cookie cookies jwt otp sas webhook userinfo"
 )
 # "key" and "token" behind one of these are secrets, in the plural too.
 _AUTH_WORDS: Final = _words(
-    "api access auth account admin app application bearer bot client cloud customer deploy encryption service "
-    "signing signature shared session ssh ssl tls hmac aes rsa pgp gpg gcp aws azure s3 hf hub huggingface "
-    "github gitlab git slack openai anthropic wandb neptune comet mlflow databricks ngc nvidia docker registry "
-    "pypi npm storage subscription master root user refresh oauth oauth2 identity id personal private secret "
-    "login license telegram discord twilio stripe sentry grafana vault consul x csrf xsrf security"
+    "api access auth account admin app application bearer bot client cloud customer deploy encryption "
+    "service signing signature shared session ssh ssl tls hmac aes rsa pgp gpg gcp aws azure s3 hf hub "
+    "huggingface github gitlab git slack openai anthropic wandb neptune comet mlflow databricks ngc "
+    "nvidia docker registry pypi npm storage subscription master root user refresh oauth oauth2 "
+    "identity id personal private secret login license telegram discord twilio stripe sentry grafana "
+    "vault consul x csrf xsrf security"
 )
 # "key" and "token" behind one of these are vocabulary of data and models.
 _DATA_WORDS: Final = _words(
-    "pad eos bos unk cls sep mask special stop start begin end image img audio video speech text next first last "
-    "prompt response decoder encoder forced generated padding vocab vocabulary added extra new word sub byte char "
-    "register latent memory query value val attention attn head num n max min total mean avg per seen train "
-    "training sort primary foreign metric metrics monitor label labels input inputs output outputs target targets "
-    "feature features column group groups join partition cache batch data dataset loss score best dict json "
-    "index lookup state hot row field sample reward class task caption category sequence param params config "
-    "mapping order unique lang language tok newline eot bot sot system assistant fim im tool rank"
+    "pad eos bos unk cls sep mask special stop start begin end image img audio video speech text next "
+    "first last prompt response decoder encoder forced generated padding vocab vocabulary added extra "
+    "new word sub byte char register latent memory query value val attention attn head num n max min "
+    "total mean avg per seen train training sort primary foreign metric metrics monitor label labels "
+    "input inputs output outputs target targets feature features column group groups join partition "
+    "cache batch data dataset loss score best dict json index lookup state hot row field sample reward "
+    "class task caption category sequence param params config mapping order unique lang language tok "
+    "newline eot bot sot system assistant fim im tool rank"
 )
 # A number under a name with one of these is a measure, not a secret.
 _MEASURE_WORDS: Final = _words(
-    "num n count counts max min total mean avg size sizes dim dims len length lengths rate ratio scale per rank "
-    "heads layers index idx position weight dropout prob width depth budget limit seen seconds interval"
+    "num n count counts max min total mean avg size sizes dim dims len length lengths rate ratio scale "
+    "per rank heads layers index idx position weight dropout prob width depth budget limit seen seconds "
+    "interval"
 )
-_PASS_OWNERS: Final = _words("db database smtp imap mail user ftp sftp sql mysql pg postgres redis mongo admin root proxy ldap")  # fmt: skip
+_PASS_OWNERS: Final = _words(
+    "db database smtp imap mail user ftp sftp sql mysql pg postgres redis mongo admin root proxy ldap"
+)
 _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _LUMP: Final = re.compile(
     r"(?:api|access|secret|private|auth|signing|encryption|session|client)(?:key|token|secret)s?$"
@@ -90,7 +96,7 @@ def likeness(name: str) -> Likeness:
             return Likeness.NONE
         return Likeness.PROBABLE
     # AWS_ACCESS_KEY_ID, signing-key-v2, api_key_prod: the secret noun stands before a qualifier.
-    pairs = zip(words, words[1:], strict=False)
+    pairs = itertools.pairwise(words)
     qualified = any(a in _AUTH_WORDS and b in {"key", "token"} for a, b in pairs)
     if qualified and not set(words) & (_MEASURE_WORDS | {"type", "name", "path", "file", "url", "env"}):
         return Likeness.PROBABLE
@@ -110,7 +116,8 @@ def looks_random(text: str) -> bool:
 # Unmistakable by shape, wherever they stand. A git commit (40 hex digits) is not among them.
 _SHAPES: Final = re.compile(
     r"""
-      -----BEGIN\ [A-Z0-9 ]*PRIVATE\ KEY(?:\ BLOCK)?-----.*?(?:-----END\ [A-Z0-9 ]*PRIVATE\ KEY(?:\ BLOCK)?-----|\Z)
+      -----BEGIN\ [A-Z0-9 ]*PRIVATE\ KEY(?:\ BLOCK)?-----.*?
+        (?:-----END\ [A-Z0-9 ]*PRIVATE\ KEY(?:\ BLOCK)?-----|\Z)
     | \b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b                    # AWS access key id
     | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,}        # GitHub
     | \bgl(?:pat|dt|rt|cbt|ptt|ft)-[\w-]{16,}                    # GitLab
@@ -140,12 +147,8 @@ _ASSIGNMENT: Final = re.compile(
     r"(?P<name>[A-Za-z][\w.-]{0,99})(?P<equals>[\"']?\s{0,3}(?:=|:(?!//))\s{0,3})"
     r"(?P<value>\"[^\"]{1,4096}\"|'[^']{1,4096}'|[^\s\"',;&}\])]+)"
 )
-_OPTION: Final = re.compile(
-    r"(?P<option>(?<!\S)--?(?P<name>[A-Za-z][\w.-]{0,99})\s+)(?P<value>(?!-)[^\s\"']+)"
-)
-_QUERY_SECRETS: Final = _words(
-    "sig signature x-amz-signature x-amz-credential x-amz-security-token x-goog-signature"
-)
+_OPTION: Final = re.compile(r"(?P<option>(?<!\S)--?(?P<name>[A-Za-z][\w.-]{0,99})\s+)(?P<value>(?!-)[^\s\"']+)")
+_QUERY_SECRETS: Final = _words("sig signature x-amz-signature x-amz-credential x-amz-security-token x-goog-signature")
 
 
 def _assignment(match: re.Match[str]) -> str:
@@ -165,9 +168,7 @@ def _assignment(match: re.Match[str]) -> str:
 
 
 def _option(match: re.Match[str]) -> str:
-    hide = (
-        likeness(match["name"]) and not _plain_number(match["value"]) and not is_special_token(match["value"])
-    )
+    hide = likeness(match["name"]) and not _plain_number(match["value"]) and not is_special_token(match["value"])
     return f"{match['option']}{REDACTED}" if hide else match[0]
 
 
@@ -192,7 +193,7 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 
 def scrub(text: str) -> str:
-    """``text`` without the secrets in it: known shapes, userinfo of URLs, and values assigned to secret names.
+    """``text`` without the secrets in it: known shapes, userinfo of URLs, values assigned to secret names.
 
     Linear in the length; at most `SCAN_LIMIT` characters come back.
     """
