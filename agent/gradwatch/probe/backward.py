@@ -49,7 +49,8 @@ class _Hook:
         if not candidates:
             return
         self._turn += 1
-        self._handle = candidates[-(self._turn % len(candidates))].register_post_accumulate_grad_hook(self._seen())
+        chosen: Any = candidates[-(self._turn % len(candidates))]
+        self._handle = chosen.register_post_accumulate_grad_hook(self._seen())
 
     def _seen(self) -> Callable[[Tensor], None]:
         probe, contracts = self._probe, self._contracts

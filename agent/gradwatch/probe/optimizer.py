@@ -258,7 +258,7 @@ class OptimizerProbe:
     def _write(self, flags: int) -> None:
         session = self.session
         attempted, train = self.attempted, session.train
-        if attempted.backwards == 0 and self.step < 256:
+        if attempted.backwards == 0 and is_sampled(self.step):
             session.backward.unseen(self)
         host = self._host
         host[1] = attempted.backwards

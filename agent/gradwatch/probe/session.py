@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradwatch.journal import JournalWriter
 from gradwatch.probe import columns as col
+from gradwatch.probe import scaler as scalers
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.backward import BackwardWatch
 from gradwatch.probe.contract import Contracts
@@ -126,14 +127,18 @@ class Session:
         """Behind a clip by value: clamped fraction and cosine to the unclamped gradient, at a sampled step."""
         if not isinstance(token, list) or not token:
             return
+        before = [t for t in token if isinstance(t, Tensor)]
         after = [p.grad.detach() for p in event.parameters if p.grad is not None]
-        clamped = sum((b != a).sum() for b, a in zip(token, after)) / sum(b.numel() for b in token)
-        dot = sum((b.float() * a.float()).sum() for b, a in zip(token, after))
-        size = torch.stack([sum((x.float() ** 2).sum() for x in xs) for xs in (token, after)]).prod().sqrt()  # type: ignore[arg-type]
-        self._value_clip = [torch.as_tensor(clamped), dot / size]
+        clamped = torch.stack([(b != a).sum() for b, a in zip(before, after)]).sum()
+        products = [
+            torch.stack([torch.sum(x.float() * y.float()) for x, y in zip(xs, ys)]).sum()
+            for xs, ys in ((before, after), (before, before), (after, after))
+        ]
+        cosine = products[0] / (products[1] * products[2]).sqrt()
+        self._value_clip = [clamped / sum(b.numel() for b in before), cosine]
 
     def on_failure(self, error: BaseException) -> None:
-        self.aside.failed(error, "observing the gradient clip")
+        self.aside.failed(error, "observing a clip or a scaler")
 
     # -- what the scaler reports
 
@@ -161,20 +166,16 @@ class Session:
 
     def loss_scale(self) -> Tensor | float | None:
         """The scaler's present scale, on its device; None where no scaler is in use."""
-        scaler = self.scaler
-        if scaler is None or not scaler.is_enabled():
-            return None
-        scale = getattr(scaler, "_scale", None)
-        return scale.clone() if isinstance(scale, Tensor) else None
+        scale = None if self.scaler is None else scalers.loss_scale(self.scaler)
+        return None if scale is None else scale.clone()  # `update` changes it in place
 
-    def _scale_of(self, probe: OptimizerProbe) -> Tensor | None:
+    def _scale_of(self, probe: OptimizerProbe) -> Tensor | float | None:
         """The scale still in an optimizer's gradients: there was a ``scale`` and not yet an ``unscale_``."""
         scaler = self.scaler
-        if scaler is None or not self._scaled or not scaler.is_enabled():
+        if scaler is None or not self._scaled:
             return None
-        stages = [scaler._per_optimizer_states[id(o)]["stage"].name for o in probe.optimizers]
-        scale = getattr(scaler, "_scale", None)
-        return scale.clone() if "READY" in stages and isinstance(scale, Tensor) else None
+        scaled = any(scalers.is_unscaled(scaler, optimizer) is False for optimizer in probe.optimizers)
+        return self.loss_scale() if scaled else None
 
     # -- events
 

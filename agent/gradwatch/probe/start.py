@@ -19,6 +19,7 @@ from gradwatch.probe import ends, identity, launch, metadata, scaler, seam, tens
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import StepColumns
+from gradwatch.probe.mlflow_target import mlflow_target
 from gradwatch.probe.run import Run
 from gradwatch.probe.sampling import BUCKETS, sections
 from gradwatch.probe.session import Session
@@ -56,7 +57,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
         config=settings.config,
         max_norm=settings.max_norm,
     )
-    target = identity.mlflow_target(os.environ)
+    target = mlflow_target(os.environ)
     manifest = Manifest(
         run=who.run,
         model=settings.name,
@@ -109,7 +110,9 @@ def begin(settings: Settings, aside: Aside) -> Run:
         raise
     _sessions.add(session)
     try:
-        run._agent = launch.ensure_agent(root, os.environ)
+        # The tracking server's credentials reach the agent by its environment and are written nowhere.
+        secret = {} if target.secret_uri is None else {"MLFLOW_TRACKING_URI": target.secret_uri}
+        run._agent = launch.ensure_agent(root, {**os.environ, **secret})
     except Exception as error:
         aside.failed(error, "starting the agent")
     return run
@@ -124,7 +127,7 @@ def finish(run: Run, session: Session, end: dict[str, Any]) -> None:
     _sessions.discard(session)
     session.writer.close()
     if run._agent is not None:
-        run._agent.finished()
+        run._agent.finished(run.id)
 
 
 def _let_go(run: Run, session: Session) -> None:
