@@ -27,7 +27,7 @@ from gradwatch.catalog import PREFIX
 from gradwatch.journal import JournalError, JournalReader
 
 #: Columns of the curve of norms.
-CURVE: Final = 60
+CURVE: Final = 46
 _BARS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -148,23 +148,30 @@ class Curve:
 def render(numbers: Numbers, curve: Curve, steps: int, where: str) -> RenderableType:
     """The panel: progress, curve, numbers, and where they can be fetched."""
     done = 0 if math.isnan(numbers.step) else min(steps, int(numbers.step) + 1)
-    head = Table.grid(padding=(0, 1))
-    head.add_row("steps", ProgressBar(total=steps, completed=done, width=CURVE), f"{done}/{steps}")
-    head.add_row("norm", curve.render(numbers.threshold), Text("pre-clip, log scale", style="dim"))
-
-    table = Table.grid(padding=(0, 2))
-    table.add_row("loss", f"[bold]{_number(numbers.loss)}[/]", f"validation {_number(numbers.validation_loss)}")
-    scores = ", ".join(f"{name} {_number(value)}" for name, value in numbers.scores.items())
-    table.add_row("gap", f"[bold]{_percent(numbers.gap, sign=True)}[/]", scores)
-    table.add_row(
-        "gradient norm",
-        f"[bold]{_number(numbers.norm)}[/]",
-        f"p50 {_number(numbers.p50)}, p99 {_number(numbers.p99)}",
-    )
-    table.add_row("clip rate", f"[bold]{_percent(numbers.clip_rate)}[/]", f"threshold {_number(numbers.threshold)}")
-    table.add_row("findings", f"[bold]{sum(numbers.findings.values())}[/]", _listed(numbers.findings))
+    progress, table = _grid(), _grid()
+    bar = ProgressBar(total=steps, completed=done, width=CURVE, complete_style="cyan", finished_style="green")
+    progress.add_row("steps", bar, f"{done}/{steps}")
+    progress.add_row("norm", curve.render(numbers.threshold), "log scale")
+    scores = "".join(f", {name} {_number(value)}" for name, value in numbers.scores.items())
+    for label, value, beside in (
+        ("loss", _number(numbers.loss), f"validation {_number(numbers.validation_loss)}{scores}"),
+        ("gap", _percent(numbers.gap, sign=True), "of the loss, positive when validation is worse"),
+        ("gradient norm", _number(numbers.norm), f"p50 {_number(numbers.p50)}, p99 {_number(numbers.p99)}"),
+        ("clip rate", _percent(numbers.clip_rate), f"threshold {_number(numbers.threshold)}"),
+        ("findings", str(sum(numbers.findings.values())), _listed(numbers.findings)),
+    ):
+        table.add_row(label, Text(value, style="bold"), beside)
     title = " · ".join(part for part in ("gradwatch demo", "churn-lstm", numbers.run_name, numbers.state) if part)
-    return Panel(Group(head, Text(), table), title=title, subtitle=where, padding=(1, 2), expand=False)
+    return Panel(Group(progress, Text(), table), title=title, subtitle=where, padding=(1, 2), expand=False)
+
+
+def _grid() -> Table:
+    """Rows of a label, what it labels, and what stands beside it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", min_width=13)
+    grid.add_column(min_width=8)
+    grid.add_column(style="dim")
+    return grid
 
 
 def line(numbers: Numbers, steps: int) -> str:
