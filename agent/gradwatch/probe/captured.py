@@ -89,7 +89,8 @@ class _Linalg:
 
     def vector_norm(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._inputs.append(tensor)
-        return _vector_norm(tensor, *args, **kwargs)
+        norm: Tensor = _vector_norm(tensor, *args, **kwargs)
+        return norm
 
 
 class _Torch:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import CellType, FunctionType, GeneratorType, ModuleType
+from functools import partial
+from types import GeneratorType
 from typing import Any, Final, Protocol
 from weakref import ref
 
@@ -27,10 +28,10 @@ from torch.nn import utils
 from torch.nn.utils import clip_grad
 
 from gradwatch.probe.captured import alike, captured_norm, clip_alike_, is_known, norm_alike
+from gradwatch.probe.entry_point import EntryPoint, Function, Site
 from gradwatch.probe.listeners import Listeners, failed
 
 _Tensors = Tensor | Iterable[Tensor]
-_Function = Callable[..., Any]
 
 
 @dataclass(slots=True)
@@ -97,17 +98,20 @@ class Listener(Protocol):
 
 _lock = threading.Lock()
 _listeners: Listeners[Listener] = Listeners()
-_sites: list[_Site] = []
+_sites: list[Site] = []
 _traced = 0
 
 
 def acquire(listener: Listener) -> None:
     """Tell ``listener`` of every clip from now on; acquiring again needs another :func:`release`."""
+    global _listeners
     with _lock:
-        if not _sites:
-            _sites.extend(site for entry in _ENTRIES if (site := _Site.find(entry)) is not None)
+        if not _listeners.now:
+            # A stand-in of earlier, which somebody may still hold, stays with listeners that are gone.
+            _listeners = Listeners()
+            _sites.extend(site for entry in _STAND_INS if (site := Site.find(entry)) is not None)
             for site in _sites:
-                site.install()
+                site.install(partial(_STAND_INS[site.entry], heard_by=_listeners))
         _listeners.add(listener)
 
 
@@ -131,8 +135,8 @@ def coverage() -> dict[str, str]:
     with _lock:
         sites = {site.entry.name: site.how for site in _sites}
     if not sites:
-        sites = {entry.name: site.how for entry in _ENTRIES if (site := _Site.find(entry)) is not None}
-    return {entry.name: sites.get(entry.name, "none") for entry in _ENTRIES}
+        sites = {entry.name: site.how for entry in _STAND_INS if (site := Site.find(entry)) is not None}
+    return {entry.name: sites.get(entry.name, "none") for entry in _STAND_INS}
 
 
 def traced() -> int:
@@ -143,7 +147,7 @@ def traced() -> int:
 # -- what stands in for torch's functions; each is called in the `no_grad` of the wrapper around it
 
 
-def _clip_grad_norm(original: _Function) -> _Function:
+def _clip_grad_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
     fast = is_known(original)
 
     def clip_grad_norm_(
@@ -157,7 +161,7 @@ def _clip_grad_norm(original: _Function) -> _Function:
         if torch.compiler.is_compiling():
             _trace()
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
-        listeners = _listeners.now
+        listeners = heard_by.now
         if not listeners or not fast or future or error_if_nonfinite or foreach is False:
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
         params = _listed(parameters)
@@ -179,7 +183,7 @@ def _clip_grad_norm(original: _Function) -> _Function:
     return clip_grad_norm_
 
 
-def _total_norm(original: _Function) -> _Function:
+def _total_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
     fast = is_known(original)
 
     def _get_total_norm(
@@ -192,7 +196,7 @@ def _total_norm(original: _Function) -> _Function:
         if torch.compiler.is_compiling():
             _trace()
             return original(tensors, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
-        listeners = _listeners.now
+        listeners = heard_by.now
         if not listeners:
             return original(tensors, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
         given = _listed(tensors)
@@ -210,7 +214,7 @@ def _total_norm(original: _Function) -> _Function:
     return _get_total_norm
 
 
-def _clip_with_norm(original: _Function) -> _Function:
+def _clip_with_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
     fast = is_known(original)
 
     def _clip_grads_with_norm_(
@@ -224,7 +228,7 @@ def _clip_with_norm(original: _Function) -> _Function:
             _trace()
             original(parameters, max_norm, total_norm, foreach, **future)
             return
-        listeners = _listeners.now
+        listeners = heard_by.now
         if not listeners:
             original(parameters, max_norm, total_norm, foreach, **future)
             return
@@ -240,13 +244,13 @@ def _clip_with_norm(original: _Function) -> _Function:
     return _clip_grads_with_norm_
 
 
-def _clip_value(original: _Function) -> _Function:
+def _clip_value(original: Function, heard_by: Listeners[Listener]) -> Function:
     def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | None = None, **future: Any) -> None:
         if torch.compiler.is_compiling():
             _trace()
             original(parameters, clip_value, foreach, **future)
             return
-        listeners = _listeners.now
+        listeners = heard_by.now
         if not listeners:
             original(parameters, clip_value, foreach, **future)
             return
@@ -321,109 +325,27 @@ class _Last(threading.local):
 _last = _Last()
 
 
-# -- where it is put
+# -- where they stand
 
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A function of torch, who stands in for it, what it must accept, and the modules that offer it."""
-
-    name: str
-    stand_in: Callable[[_Function], _Function]
-    arguments: tuple[str, ...]
-    places: tuple[tuple[ModuleType, str], ...]
-
-
-_ENTRIES: Final = (
-    _Entry(
+_STAND_INS: Final = {
+    EntryPoint(
         "clip_grad_norm_",
-        _clip_grad_norm,
         ("parameters", "max_norm", "norm_type", "error_if_nonfinite", "foreach"),
         ((clip_grad, "clip_grad_norm_"), (utils, "clip_grad_norm_")),
-    ),
-    _Entry(
+    ): _clip_grad_norm,
+    EntryPoint(
         "get_total_norm",
-        _total_norm,
         ("tensors", "norm_type", "error_if_nonfinite", "foreach"),
         ((clip_grad, "_get_total_norm"), (utils, "get_total_norm")),
-    ),
-    _Entry(
+    ): _total_norm,
+    EntryPoint(
         "clip_grads_with_norm_",
-        _clip_with_norm,
         ("parameters", "max_norm", "total_norm", "foreach"),
         ((clip_grad, "_clip_grads_with_norm_"), (utils, "clip_grads_with_norm_")),
-    ),
-    _Entry(
+    ): _clip_with_norm,
+    EntryPoint(
         "clip_grad_value_",
-        _clip_value,
         ("parameters", "clip_value", "foreach"),
         ((clip_grad, "clip_grad_value_"), (utils, "clip_grad_value_")),
-    ),
-)
-
-
-#: Where torch defines the wrapper whose cell is used: its own here, or the general decorator.
-_NO_GRAD: Final = (clip_grad.__name__, "torch.utils._contextlib")
-
-
-class _Site:
-    """One entry point, replaced and put back. Each install makes a new stand-in: an old one that somebody
-    still holds calls what stood there before it, and can never meet itself."""
-
-    def __init__(self, entry: _Entry, cell: CellType | None) -> None:
-        self.entry, self.cell = entry, cell
-        self.how = "attribute" if cell is None else "cell"
-        self._stand_in: _Function | None = None
-        self._originals: list[_Function] = []
-
-    @classmethod
-    def find(cls, entry: _Entry) -> _Site | None:
-        function = getattr(*entry.places[0], None)
-        if not callable(function):
-            return None
-        cell = _func_cell(function)
-        inner = function if cell is None else cell.cell_contents
-        return cls(entry, cell) if _accepts(inner, entry.arguments) else None
-
-    def install(self) -> None:
-        if self.cell is not None:
-            self._originals = [self.cell.cell_contents]
-            self._stand_in = self.cell.cell_contents = self.entry.stand_in(self._originals[0])
-            return
-        self._originals = [getattr(module, name, None) for module, name in self.entry.places]  # type: ignore[misc]
-        self._stand_in = torch.no_grad()(self.entry.stand_in(self._originals[0]))
-        for module, name in self.entry.places:
-            if getattr(module, name, None) is self._originals[0]:
-                setattr(module, name, self._stand_in)
-
-    def restore(self) -> None:
-        """Put back what was there, unless somebody else has put something on top since."""
-        if self.cell is not None:
-            if self.cell.cell_contents is self._stand_in:
-                self.cell.cell_contents = self._originals[0]
-            return
-        for (module, name), original in zip(self.entry.places, self._originals):
-            if getattr(module, name, None) is self._stand_in:
-                setattr(module, name, original)
-
-
-def _func_cell(function: Any) -> CellType | None:
-    """The cell of a ``no_grad`` wrapper that holds the wrapped function; looks below other people's wrappers."""
-    for _ in range(8):
-        if not isinstance(function, FunctionType):
-            return None
-        if function.__closure__ and "func" in function.__code__.co_freevars:
-            cell = function.__closure__[function.__code__.co_freevars.index("func")]
-            if function.__globals__.get("__name__") in _NO_GRAD and isinstance(cell.cell_contents, FunctionType):
-                return cell
-        function = getattr(function, "__wrapped__", None)
-    return None
-
-
-def _accepts(function: Any, arguments: tuple[str, ...]) -> bool:
-    while not isinstance(function, FunctionType) or function.__code__.co_varnames[:1] == ("args",):
-        function = getattr(function, "__wrapped__", None)
-        if function is None:
-            return False
-    code = function.__code__
-    return code.co_varnames[: len(arguments)] == arguments
+    ): _clip_value,
+}
