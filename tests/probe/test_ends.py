@@ -196,14 +196,15 @@ watches = [ends.watch_process_end(tell(n), evidence=folder / n) for n in "ab"]
 
 
 def test_evidence_of_sigterm_is_left_while_the_main_thread_is_inside_c_code(tmp_path: Path) -> None:
-    # The lock is never released: a handler in Python would never run, and the process would live on.
+    # A mutex taken twice: no signal wakes it, as none wakes a rank that waits in a collective. A handler in
+    # Python would never run, and the process would live on until SIGKILL.
     code = """
+import ctypes
 def wait_for_ever():
-    lock = threading.Lock()
-    lock.acquire()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
     print("waiting", flush=True)
-    import ctypes
-    ctypes.CDLL(None).pause()
+    libc.pthread_mutex_lock(mutex)
 wait_for_ever()
 """
     script = tmp_path / "script.py"
