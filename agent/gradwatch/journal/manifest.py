@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from gradwatch.journal.errors import JournalError
+from gradwatch.journal.ring import MAX_COLUMNS as MAX_WIDTH
 
 FORMAT: Final = 1
-MAX_BYTES: Final = 8 * 2**20
+MAX_BYTES: Final = 16 * 2**20
+#: Commas and opening brackets of a manifest: what they bound is the memory that parsing takes.
+MAX_COMMAS: Final = 1_500_000
+MAX_CONTAINERS: Final = 500_000
 MAX_TENSORS: Final = 65_536
 MAX_COLUMNS: Final = 4_096
 MAX_ENTRIES: Final = 2_000
 MAX_TEXT: Final = 1_000
+MAX_DEPTH: Final = 12
+MAX_NODES: Final = 100_000
+MAX_RANKS: Final = 1_000_000
+MAX_BUCKETS: Final = 256
 
 Scalar = float | int | str | bool | None
 
@@ -94,21 +102,39 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as a file's content. ``config`` and ``hyperparameters`` must be JSON-safe."""
-        document = asdict(self)
+        document = {f.name: getattr(self, f.name) for f in fields(self)}
         document["format"] = FORMAT
         document["steps"] = {"host": document.pop("host_columns"), "device": document.pop("device_columns")}
-        document["samples"] = {"sections": document.pop("sections"), "buckets": document.pop("buckets")}
-        for optimizer in document["optimizers"]:
-            optimizer["class"] = optimizer.pop("class_name")
-        return json.dumps(document, ensure_ascii=True, separators=(",", ":"), default=str).encode()
+        sections = [asdict(section) for section in document.pop("sections")]
+        document["samples"] = {"sections": sections, "buckets": document.pop("buckets")}
+        document["tensors"] = [_without_defaults(tensor) for tensor in self.tensors]
+        document["optimizers"] = [
+            {"name": o.name, "class": o.class_name, "linear": o.linear, "groups": o.groups} for o in self.optimizers
+        ]
+        return json.dumps(document, ensure_ascii=True, separators=(",", ":"), default=_json_safe).encode()
+
+
+def _json_safe(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _without_defaults(tensor: Tensor) -> dict[str, Any]:
+    """A tensor's entry; with tens of thousands of them, what goes without saying would be most of the file."""
+    return {
+        f.name: value for f in fields(tensor) if (value := getattr(tensor, f.name)) != f.default or f.name == "name"
+    }
 
 
 def parse(data: bytes, where: str) -> Manifest:
     """Read a manifest. Raises ``JournalError`` where it is none; bounds whatever it holds."""
     if len(data) > MAX_BYTES:
         raise JournalError(f"{where}: larger than {MAX_BYTES >> 20} MiB; not a manifest that gradwatch wrote")
+    if data.count(b",") > MAX_COMMAS or data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise JournalError(
+            f"{where}: more entries than {MAX_TENSORS} tensors have; not a manifest that gradwatch wrote"
+        )
     try:
-        document = json.loads(data)
+        document = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise JournalError(f"{where}: not valid JSON ({type(error).__name__}); delete the attempt") from None
     if not isinstance(document, dict):
@@ -121,37 +147,38 @@ def parse(data: bytes, where: str) -> Manifest:
         )
     get = _Getter(document)
     steps, samples = _Getter(get.mapping("steps")), _Getter(get.mapping("samples"))
+    optimizers = tuple(_optimizer(item) for item in get.items("optimizers", 256))
     manifest = Manifest(
         run=get.text("run"),
         model=get.text("model") or "unnamed",
         run_name=get.text("run_name"),
         tier=get.text("tier") or "experiment",
-        attempt=get.integer("attempt"),
-        rank=get.integer("rank"),
-        local_rank=get.integer("local_rank"),
-        world_size=max(1, get.integer("world_size")),
+        attempt=get.count("attempt", MAX_RANKS),
+        rank=get.count("rank", MAX_RANKS),
+        local_rank=get.count("local_rank", MAX_RANKS),
+        world_size=max(1, get.count("world_size", MAX_RANKS)),
         host=get.text("host"),
         boot_id=get.text("boot_id"),
-        pid=get.integer("pid"),
+        pid=get.count("pid", 2**31),
         start_time=get.number("start_time") or 0.0,
         parent=get.text("parent"),
         gradwatch=get.text("gradwatch"),
-        optimizers=tuple(_optimizer(item) for item in get.items("optimizers", 256)),
-        tensors=tuple(_tensor(item) for item in get.items("tensors", MAX_TENSORS + 1)),
+        optimizers=optimizers,
+        tensors=tuple(_tensor(item, optimizers) for item in get.items("tensors", MAX_TENSORS + 1)),
         host_columns=tuple(clean_text(name) for name in steps.sequence("host", MAX_COLUMNS + 1)),
         device_columns=tuple(clean_text(name) for name in steps.sequence("device", MAX_COLUMNS + 1)),
         sections=tuple(_section(item) for item in samples.items("sections", 64)),
-        buckets=samples.integer("buckets"),
-        budgets=get.mapping("budgets"),
+        buckets=samples.count("buckets", MAX_BUCKETS),
+        budgets=plain(get.mapping("budgets"), MAX_ENTRIES),
         max_norm=get.number("max_norm"),
         hyperparameters=scalars(get.mapping("hyperparameters")),
-        config=get.mapping("config"),
+        config=plain(get.mapping("config")),
         mlflow={
-            key: (clean_text(value) if isinstance(value, str) else None)
+            clean_text(key, 200): (clean_text(value) if isinstance(value, str) else None)
             for key, value in list(get.mapping("mlflow").items())[:16]
         },
         unchecked=tuple(
-            {clean_text(k): clean_text(v) for k, v in list(item.items())[:8]}
+            {clean_text(k, 200): clean_text(v) for k, v in list(item.items())[:8]}
             for item in get.items("unchecked", 256)
         ),
     )
@@ -163,10 +190,50 @@ def parse(data: bytes, where: str) -> Manifest:
 
 
 def clean_text(value: object, limit: int = MAX_TEXT) -> str:
-    """Any value as text that is safe to keep: bounded, valid Unicode, without control characters."""
-    text = value if isinstance(value, str) else str(value)
-    text = text[:limit].encode("utf-8", "replace").decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    """Any value as text that is safe to keep: bounded, valid Unicode, on one line, without control characters.
+
+    It is not escaped: who puts it into HTML, a label or a log escapes it there.
+    """
+    text = (value if isinstance(value, str) else _as_text(value))[:limit]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c in "\t\n\r" else "\ufffd" for c in text)
+
+
+def _as_text(value: object) -> str:
+    try:
+        return str(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return "?"
+
+
+def plain(value: Any, limit: int = MAX_NODES) -> Any:
+    """A JSON value without surprises: texts cleaned, numbers of 64 bits, bounded in depth and in ``limit`` values.
+
+    What is beyond the bounds is left out. NaN and infinity stay: whether they
+    mean something is for who reads the value to say.
+    """
+    left = limit
+
+    def copy(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if value is None or isinstance(value, bool | int | float):
+            return _number(value)
+        if depth < MAX_DEPTH and isinstance(value, dict):
+            return {clean_text(k, 200): copy(v, depth + 1) for k, v in value.items() if left > 0}
+        if depth < MAX_DEPTH and isinstance(value, list):
+            return [copy(v, depth + 1) for v in value if left > 0]
+        return "(too deep)" if isinstance(value, dict | list) else clean_text(value)
+
+    return copy(value, 0)
+
+
+def _number(value: Any) -> Any:
+    """A number or None as it is; an integer beyond 64 bits as the nearest float."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+    return value
 
 
 def scalars(mapping: Mapping[Any, Any]) -> dict[str, Scalar]:
@@ -175,12 +242,8 @@ def scalars(mapping: Mapping[Any, Any]) -> dict[str, Scalar]:
     for key, value in list(mapping.items())[:MAX_ENTRIES]:
         if isinstance(value, str):
             kept[clean_text(key, 200)] = clean_text(value)
-        elif value is None or isinstance(value, bool | float):
-            kept[clean_text(key, 200)] = value
-        elif isinstance(value, int):
-            kept[clean_text(key, 200)] = (
-                value if abs(value) < 2**63 else clean_text(float(min(value, 2**1023)))
-            )
+        elif value is None or isinstance(value, bool | float | int):
+            kept[clean_text(key, 200)] = _number(value)
     return kept
 
 
@@ -194,11 +257,10 @@ class _Getter:
         value = self._document.get(key)
         return clean_text(value) if isinstance(value, str) else ""
 
-    def integer(self, key: str) -> int:
+    def count(self, key: str, limit: int) -> int:
+        """An integer from 0 to ``limit``; anything else counts as 0."""
         value = self._document.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-            return value
-        return 0
+        return value if type(value) is int and 0 <= value <= limit else 0
 
     def number(self, key: str) -> float | None:
         value = self._document.get(key)
@@ -228,26 +290,27 @@ def _optimizer(item: dict[str, Any]) -> Optimizer:
         get.text("name") or "default",
         get.text("class"),
         item.get("linear") is True,
-        tuple(get.items("groups", 1024)),
+        tuple(plain(group, 200) for group in get.items("groups", 1024)),
     )
 
 
-def _tensor(item: dict[str, Any]) -> Tensor:
+def _tensor(item: dict[str, Any], optimizers: Sequence[Optimizer]) -> Tensor:
     get = _Getter(item)
-    shape = tuple(size for size in get.sequence("shape", 32) if isinstance(size, int))
+    optimizer = get.count("optimizer", max(0, len(optimizers) - 1))
+    groups = len(optimizers[optimizer].groups) if optimizers else 0
     return Tensor(
         name=get.text("name"),
-        shape=shape,
+        shape=tuple(size for size in get.sequence("shape", 32) if type(size) is int and 0 <= size < 2**63),
         dtype=get.text("dtype"),
-        numel=max(0, get.integer("numel")),
-        optimizer=get.integer("optimizer"),
-        group=get.integer("group"),
+        numel=get.count("numel", 2**62),
+        optimizer=optimizer,
+        group=get.count("group", max(0, groups - 1)),
         layer=get.text("layer"),
         kind=get.text("kind") or "weight",
-        placement=item.get("placement"),
+        placement=plain(item.get("placement"), 200),
     )
 
 
 def _section(item: dict[str, Any]) -> Section:
     get = _Getter(item)
-    return Section(get.text("name"), max(0, get.integer("offset")), max(0, get.integer("size")))
+    return Section(get.text("name"), get.count("offset", MAX_WIDTH), get.count("size", MAX_WIDTH))

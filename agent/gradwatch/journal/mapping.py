@@ -13,21 +13,32 @@ import ctypes
 import errno
 import mmap
 import os
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from struct import Struct
+from typing import Any, Final, Protocol
 
 #: Magic numbers of statfs(2) for file systems on which allocated space stays allocated.
-_SAFE_TO_MAP = {
-    0xEF53,  # ext2, ext3, ext4
-    0x01021994,  # tmpfs
-    0x58465342,  # xfs
-}
+SAFE_TO_MAP: Final = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x01021994,  # tmpfs
+        0x58465342,  # xfs
+    }
+)
+_CANNOT_ALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+#: ``put(offset, *values)`` packs values by a fixed layout and stores them at an offset of the file.
+Put = Callable[..., None]
 
 
-class FileMap(Protocol):
-    """What a ring writes through: ``store`` puts bytes at an offset."""
+class FixedFile(Protocol):
+    """What a ring writes through."""
 
-    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None: ...
+    def putter(self, layout: Struct) -> Put:
+        """A function that stores values packed by ``layout``; it raises ``OSError`` or it stored all of them."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -37,13 +48,12 @@ class MappedFile:
     def __init__(self, fd: int, size: int) -> None:
         self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(fd)
-        self.view = memoryview(self._map)
 
-    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self.view[offset : offset + len(data)] = data
+    def putter(self, layout: Struct) -> Put:
+        # pack_into(buffer, offset, *values) straight into the page: no copy, no slice, no view.
+        return partial(layout.pack_into, self._map)
 
     def close(self) -> None:
-        self.view.release()
         self._map.close()
 
 
@@ -53,30 +63,44 @@ class WrittenFile:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        os.pwrite(self._fd, data, offset)
+    def putter(self, layout: Struct) -> Put:
+        fd, pack, size = self._fd, layout.pack, layout.size
+
+        def put(offset: int, *values: Any) -> None:
+            if os.pwrite(fd, pack(*values), offset) != size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return put
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-def create(path: Path, size: int, mode: int) -> FileMap:
-    """Create ``path`` with ``size`` allocated bytes. Raises ``OSError`` (ENOSPC, EROFS, ...) and leaves nothing."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+def create(name: str, size: int, mode: int, dir_fd: int, header: bytes) -> FixedFile:
+    """Create a file of ``size`` allocated bytes that begins with ``header``.
+
+    Raises ``OSError`` (ENOSPC, EROFS, EEXIST, ...) and leaves nothing of its own then.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(name, flags, mode, dir_fd=dir_fd)
     try:
         os.fchmod(fd, mode)
-        mappable = file_system_type(fd) in _SAFE_TO_MAP
+        mappable = file_system_type(fd) in SAFE_TO_MAP
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            if error.errno not in _CANNOT_ALLOCATE:
                 raise
             mappable = False
             os.ftruncate(fd, size)
+        if os.pwrite(fd, header, 0) != len(header):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return MappedFile(fd, size) if mappable else WrittenFile(fd)
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
-        path.unlink(missing_ok=True)
+        os.unlink(name, dir_fd=dir_fd)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = name
         raise
 
 
@@ -84,7 +108,7 @@ def file_system_type(fd: int) -> int:
     """The file system's magic number from fstatfs(2), 0 where it cannot be asked."""
     try:
         buffer = ctypes.create_string_buffer(256)
-        if ctypes.CDLL(None, use_errno=True).fstatfs(fd, buffer) != 0:
+        if ctypes.CDLL(None, use_errno=True).fstatfs(ctypes.c_int(fd), buffer) != 0:
             return 0
         # f_type is the first word: a long on every Linux that PyTorch runs on.
         return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF

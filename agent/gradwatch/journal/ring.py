@@ -18,7 +18,10 @@ _HEADER = struct.Struct("<8sIIIIQ")
 _CRC = struct.Struct("<I")
 #: The first part's head: sequence, row, step, time.
 HEAD = struct.Struct("<QQqd")
-MAX_COLUMNS: Final = 64 * 1024 * 1024
+#: Columns of one row: 65,536 tensors with norms and 28 histogram buckets each fit.
+MAX_COLUMNS: Final = 2 * 2**20
+#: No ring is larger, whatever its header says: it bounds what a reader can be made to look through.
+MAX_FILE_BYTES: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,16 @@ class RingGeometry:
     @property
     def slot_size(self) -> int:
         return self.second + 8 + _pad(self.device * self.width) + 8
+
+    @property
+    def second_crc(self) -> int:
+        """Offset of the second part's checksum in a slot."""
+        return self.slot_size - 8
+
+    @property
+    def first_crc(self) -> int:
+        """Offset of the first part's checksum in a slot."""
+        return self.second - 8
 
     @property
     def file_size(self) -> int:
@@ -71,8 +84,10 @@ class RingGeometry:
         if _CRC.unpack_from(data, _HEADER.size)[0] != zlib.crc32(data[: _HEADER.size]):
             raise JournalError(f"{where}: damaged header (checksum does not fit); delete the attempt")
         geometry = cls(host, device, width, capacity)
-        if width not in (4, 8) or not 1 <= capacity <= 2**40 or host + device > MAX_COLUMNS:
+        if width not in (4, 8) or capacity < 1 or host + device > MAX_COLUMNS:
             raise JournalError(f"{where}: impossible geometry {geometry}; delete the attempt")
+        if geometry.file_size > MAX_FILE_BYTES:
+            raise JournalError(f"{where}: larger than {MAX_FILE_BYTES >> 30} GiB by its header; delete the attempt")
         if slot_size != geometry.slot_size:
             raise JournalError(f"{where}: slot size {slot_size} does not fit its columns; delete the attempt")
         return geometry
