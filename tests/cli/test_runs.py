@@ -13,7 +13,7 @@ import pytest
 
 from gradwatch.cli import main
 
-#: A training that clips every other step: gradient norms 3 and 0.5, loss 10 and 0.
+#: A training that clips every fourth step: gradient norms 3 and 0.5; the loss is the step.
 TRAINING = """
 import os, signal, sys, torch, gradwatch
 weight = torch.nn.Parameter(torch.zeros(1))
@@ -21,7 +21,7 @@ model = torch.nn.Module(); model.weight = weight
 optimizer = torch.optim.SGD([weight], lr=0.0)
 run = gradwatch.watch(model, optimizer, model_name=sys.argv[1], run_name=sys.argv[2])
 for step in range(20):
-    norm = 0.5 if step % 2 else 3.0
+    norm = 0.5 if step % 4 else 3.0
     (weight * norm).sum().backward()
     torch.nn.utils.clip_grad_norm_([weight], 1.0)
     optimizer.step(); optimizer.zero_grad()
@@ -68,7 +68,7 @@ def test_how_each_run_ended(root: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_numbers_are_those_of_the_last_step(root: Path, capsys: pytest.CaptureFixture[str], end: str) -> None:
     line = as_json(capsys, root)[f"run-{end}"]
     assert (line["step"], line["loss"], line["grad_norm"]) == (19, 19.0, pytest.approx(0.5))
-    assert line["clip_rate"] == 0.5
+    assert line["clip_rate"] == 0.25
     assert (line["name"], line["model"], line["attempt"]) == (f"the-{end}-one", "churn", 0)
 
 
@@ -87,7 +87,7 @@ def test_the_table_shows_the_same(root: Path) -> None:
     command = [sys.executable, "-m", "gradwatch", "runs", str(root)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     [line] = [line for line in output.splitlines() if "the-killed-one" in line]
-    assert line.split()[:7] == ["the-killed-one", "churn", "abrupt", "20", "19", "0.5", "50.0"]
+    assert line.split()[:7] == ["the-killed-one", "churn", "abrupt", "20", "19", "0.5", "25.0"]
 
 
 def test_an_unreadable_journal_is_said_and_hides_no_other(tmp_path: Path, root: Path) -> None:
