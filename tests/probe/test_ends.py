@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,9 @@ wait_for_ever()
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"waiting\n"
+        until = time.monotonic() + 30
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < until
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == -15
     finally:
