@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import numpy as np
 import typer
 
 from gradwatch.cli.locate import Recorded, recorded, root_of
+from gradwatch.collect.rows import Rows
 from gradwatch.journal import JournalError, JournalReader
 
 if TYPE_CHECKING:
@@ -107,15 +109,15 @@ def read_line(run: Recorded) -> Line:
     """Sum a run up from the journal of its latest attempt. Raises ``JournalError`` where that cannot be read."""
     reader = JournalReader(run.latest.path)
     try:
-        rows = reader.last_steps(RECENT)
+        rows = Rows.of(reader.last_steps(RECENT))
         # The ring is asked for one row only: what is wanted of this poll is the events, which come whole.
         ends = [event for event in reader.poll(1).events if event["kind"] == "end"]
         alive = reader.alive()
     finally:
         reader.close()
     manifest = run.manifest
-    clipping = rows["clip_threshold"] == rows["clip_threshold"]
-    clipped = rows["grad_norm"] > rows["clip_threshold"]
+    clips = bool(np.isfinite(rows["clip_threshold"]).any())
+    steps = int(rows.taken.sum())
     return Line(
         run=run.run,
         name=manifest.run_name or run.run,
@@ -125,8 +127,8 @@ def read_line(run: Recorded) -> Line:
         world_size=manifest.world_size,
         step=int(rows.step[-1]) if len(rows) else None,
         loss=_last(rows["loss"].tolist()),
-        grad_norm=_last(rows["grad_norm"].tolist()),
-        clip_rate=float(clipped[clipping].mean()) if clipping.any() else None,
+        grad_norm=_last(rows.norm.tolist()),
+        clip_rate=int(rows.clipped.sum()) / steps if clips and steps else None,
         start_time=manifest.start_time,
         last_step_time=float(rows.time[-1]) if len(rows) else None,
         directory=str(run.latest.path),
