@@ -78,6 +78,12 @@ def test_tensors_have_names_layers_kinds_and_places() -> None:
     assert by_name["optimizer.embeddings.1"].parameter is extra
 
 
+def test_a_parameter_of_two_optimizers_is_the_first_ones() -> None:
+    net = nn.Linear(2, 2)
+    first, second = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    assert [row.tensor.optimizer for row in tensor_table(net, {"a": first, "b": second})] == [0, 0]
+
+
 def test_groups_count_on_through_the_parts_of_one_optimizer() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     parts = [torch.optim.SGD([p], lr=0.1 * (i + 1)) for i, p in enumerate(net.parameters())]
