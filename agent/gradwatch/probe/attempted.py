@@ -41,6 +41,8 @@ class Clip:
     scale: Tensor | float | None = None
     #: Reported by ``log_clip``, not seen.
     logged: bool = False
+    #: Whether it covered the parameter whose backward passes are counted: only then its place among them is known.
+    watched: bool = False
     #: On the CPU, of every parameter, below infinity, its total the L2 norm of ``norms``: nothing to work out.
     plain: bool = False
 
@@ -75,10 +77,8 @@ class Attempted:
 
     def effective_clips(self) -> list[Clip]:
         """The clips behind the last backward pass: what came before it clipped other gradients."""
-        if len(self.clips) < 2:
-            return self.clips
-        last = self.clips[-1].backwards
-        return [clip for clip in self.clips if clip.backwards == last]
+        backwards = self.backwards
+        return [clip for clip in self.clips if clip.backwards == backwards or not clip.watched]
 
 
 @dataclass(slots=True)

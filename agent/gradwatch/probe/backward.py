@@ -1,5 +1,8 @@
 """Counts backward passes, with one hook on one parameter of each optimizer.
 
+The hook runs before the gradient is accumulated, so what the pass adds to can
+still be seen.
+
 A hook on every parameter would cost more than everything else together. One
 parameter is enough, as long as it takes part; where it does not, the hook
 moves on to the next.
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BackwardWatch:
-    """One rotating post-accumulate-grad hook for each optimizer."""
+    """One rotating gradient hook for each optimizer."""
 
     def __init__(self, probes: Sequence[OptimizerProbe], contracts: Contracts) -> None:
         self._hooks = [_Hook(probe, contracts) for probe in probes]
@@ -50,14 +53,21 @@ class _Hook:
             return
         self._turn += 1
         chosen: Any = candidates[-(self._turn % len(candidates))]
-        self._handle = chosen.register_post_accumulate_grad_hook(self._seen())
+        self._probe.watched = chosen
+        self._handle = chosen.register_hook(self._seen(chosen))
 
-    def _seen(self) -> Callable[[Tensor], None]:
+    def _seen(self, parameter: Tensor) -> Callable[[Tensor], None]:
         probe, contracts = self._probe, self._contracts
+        aside = probe.session.aside
 
-        def seen(parameter: Tensor) -> None:
+        def seen(_: Tensor) -> None:
+            if aside.off:
+                return
+            try:
+                contracts.backward(probe, parameter)
+            except Exception as error:
+                aside.failed(error, "observing a backward pass")
             probe.attempted.backwards += 1
-            contracts.backward(probe, parameter)
 
         return seen
 

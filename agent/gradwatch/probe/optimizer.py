@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,6 +58,10 @@ class OptimizerProbe:
         self._started = False
         self._group_count = -1
         self._handles: list[Any] = []
+        #: The parameter whose backward passes are counted.
+        self.watched: Tensor | None = None
+        #: The bounding clip of the last step, for the checks of a sample.
+        self.last_clip: Clip | None = None
         self.refresh()
 
     # -- what belongs to it
@@ -81,6 +87,28 @@ class OptimizerProbe:
         self.attempted = Attempted()
         self._sample = None
 
+    def named(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Its parameters with their names and columns; −1 for one that has no column."""
+        names = self.session.writer.manifest.tensors
+        for index, parameter in enumerate(self.parameters):
+            column = int(self.columns.all[index])
+            yield names[column].name if column >= 0 else f"{self.name}.{index}", parameter, column
+
+    def gradients_of(self, clip: Clip) -> list[Tensor]:
+        """The present gradients of the parameters that a clip covered."""
+        covered = set(clip.columns.tolist())
+        return [p.grad for _, p, column in self.named() if column in covered and p.grad is not None]
+
+    def decay_of_columns(self, count: int) -> npt.NDArray[np.float64]:
+        """Weight decay of each of the run's tensors, 0 for those of other optimizers."""
+        decays = np.zeros(count)
+        for group in self.groups:
+            for parameter in group["params"]:
+                column = self._positions.get(id(parameter), -1)
+                if column >= 0:
+                    decays[column] = group.get("weight_decay") or 0.0
+        return decays
+
     # -- clips, as the seam reports them
 
     def saw_clip(self, event: ClipEvent, wide: list[Tensor] | None, scale: Tensor | float | None) -> None:
@@ -94,15 +122,15 @@ class OptimizerProbe:
         total_is_l2 = False
         if wide is not None:
             norms = stack(wide)
-        elif norm is not None and norm.norms is not None and norm.norm_type == 2.0:
-            if len(norm.tensors) == len(grads) and not is_sharded(norm.norms):
-                norms, total_is_l2 = norm.norms, True
+        elif norm is not None and norm.norm_type == 2.0 and len(norm.tensors) == len(grads):
+            norms, total_is_l2 = norm.norms, norm.norms is not None
         norm_type = 2.0 if norm is None else norm.norm_type
         total = event.total_norm
         if is_sharded(total):
             total = torch.full((), math.nan)  # the global norm is known to the agent, which sees all ranks
         max_norm = event.max_norm
         clip = Clip(columns, whole, norms, total, max_norm, norm_type, total_is_l2, self.attempted.backwards, scale)
+        clip.watched = whole or any(p is self.watched for p in parameters)
         clip.plain = whole and total_is_l2 and scale is None and max_norm < math.inf and on_host(total)
         self._keep_clip(clip)
 
@@ -175,7 +203,9 @@ class OptimizerProbe:
         attempted = self.attempted
         clips = attempted.clips
         # A clip of every parameter measured every parameter; anything less is completed here.
-        if not (clips and clips[-1].whole and clips[-1].norms is not None) and attempted.measured is None:
+        if not (
+            clips and clips[-1].whole and clips[-1].norms is not None and clips[-1].backwards == attempted.backwards
+        ) and (attempted.measured is None):
             self.measure(optimizer)
         session = self.session
         session.contracts.before_step(self)
@@ -260,6 +290,8 @@ class OptimizerProbe:
         attempted, train = self.attempted, session.train
         if attempted.backwards == 0 and is_sampled(self.step):
             session.backward.unseen(self)
+        clips = attempted.clips
+        self.last_clip = clips[-1] if clips and clips[-1].max_norm < math.inf else None
         host = self._host
         host[1] = attempted.backwards
         host[3] = train.take_samples()
@@ -278,7 +310,7 @@ class OptimizerProbe:
             return
         self.attempted = Attempted()
         clips = attempted.effective_clips()
-        row = Row(self.step, attempted, clips, loss, session.loss_scale(), self._tensor_rates_now())
+        row = Row(self.index, self.step, attempted, clips, loss, session.loss_scale(), self._tensor_rates_now())
         session.recorder.write(row, host)
 
     def _read_groups(self, host: list[float]) -> bool:

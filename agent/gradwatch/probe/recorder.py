@@ -9,6 +9,7 @@ the row is written when they have landed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, time
 
@@ -28,6 +29,7 @@ Number = float | int | Tensor | None
 class Row:
     """A row under way: the raw values from which its device columns derive."""
 
+    optimizer: int
     step: int
     attempted: Attempted
     clips: list[Clip]
@@ -44,6 +46,8 @@ class Recorder:
     def __init__(self, writer: JournalWriter, columns: col.StepColumns, lane: Lane, started: float) -> None:
         self._steps, self._tensors = writer.steps, writer.tensors
         self._lane = lane
+        #: Called with (row, norm that training used, true norm) when a row that took the long way is known.
+        self.landed: Callable[[Row, float, float], None] = lambda row, used, true: None
         self._held: Row | None = None
         self._previous = started
         self._width = len(columns.device)
@@ -184,6 +188,7 @@ class Recorder:
             scale = number(row.attempted.measured.scale, 1.0)
             measured, columns = next(landed) / scale, row.attempted.measured.columns
         outcome = derive(row.clips, totals, norms, scales, measured, columns, self._tensors.payload)
+        self.landed(row, outcome.grad_norm, outcome.grad_norm_l2)
         numbers = [outcome.grad_norm, outcome.grad_norm_l2, outcome.clip_coefficient, float(outcome.nonfinite)]
         device = [loss, *numbers, loss_scale, *rates]
         return device + [math.nan] * (self._width - len(device))

@@ -45,6 +45,7 @@ class Session:
         optimizers: Mapping[str, Sequence[Optimizer]],
         positions: dict[int, int],
         aside: Aside,
+        facts: Mapping[str, Any],
         lane: Lane | None = None,
     ) -> None:
         self.writer, self.columns, self.aside = writer, columns, aside
@@ -52,7 +53,8 @@ class Session:
         self.recorder = Recorder(writer, columns, self.lane, perf_counter())
         self.histograms = any(s.name == "histogram" for s in writer.manifest.sections)
         self.train = TrainLog(self.recorder)
-        self.contracts = Contracts(self)
+        self.contracts = Contracts(self, facts)
+        self.recorder.landed = self.contracts.row_landed
         self.probes = [
             OptimizerProbe(self, name, index, members, positions, columns.tensor_rates)
             for index, (name, members) in enumerate(optimizers.items())
@@ -105,7 +107,6 @@ class Session:
             # The first parameter decides in nearly all cases, at the price of one look-up.
             if event.parameters[0] in probe.columns or any(p in probe.columns for p in event.parameters):
                 probe.saw_clip(event, wide, self._scale_of(probe))
-                self.contracts.clipped(probe, event)
         self.recorder.spent += perf_counter() - began
 
     def before_value_clip(self, event: ValueClipEvent) -> object | None:
@@ -213,17 +214,25 @@ class Session:
         tensors = [values for _, values in parts]
         if found_inf is not None:
             tensors.append(found_inf)
+        clip = probe.last_clip
+        total_at = sum(t.numel() for t in tensors)
+        if clip is not None and isinstance(clip.total, Tensor):
+            tensors.append(clip.total)
+        weights = next(s for s in self.writer.manifest.sections if s.name == "weight_norm")
 
         def landed(values: Values) -> None:
             payload = self.writer.samples.payload
             payload[:] = np.nan
             payload[where] = values[: len(where)]
             payload[0] = probe.index
-            if found_inf is not None and values[-1]:
+            if found_inf is not None and values[len(where)]:
                 payload[2:4] = np.nan
                 update = next(s for s in self.writer.manifest.sections if s.name == "update_norm")
                 payload[update.offset : update.offset + update.size] = np.nan
+            norms = payload[weights.offset : weights.offset + weights.size].copy()
             self.writer.samples.append(row, step, now)
+            if clip is not None and len(values) > total_at and values[total_at] > clip.max_norm:
+                self.contracts.sample_landed(probe, step, clip.max_norm, norms)
 
         vector = gather(tensors)
         if on_host(vector):

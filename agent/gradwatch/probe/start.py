@@ -19,6 +19,7 @@ from gradwatch.probe import ends, identity, launch, metadata, scaler, seam, tens
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import StepColumns
+from gradwatch.probe.contract import setup
 from gradwatch.probe.mlflow_target import mlflow_target
 from gradwatch.probe.run import Run
 from gradwatch.probe.sampling import BUCKETS, sections
@@ -92,7 +93,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
     )
     writer = _create(root, manifest)
     session = Session(
-        writer, columns, settings.optimizers, {id(row.parameter): i for i, row in enumerate(table)}, aside
+        writer, columns, settings.optimizers, {id(row.parameter): i for i, row in enumerate(table)}, aside, facts
     )
     aside.run = writer.manifest.run
     run = Run(session, aside, settings.optimizers)
@@ -103,6 +104,8 @@ def begin(settings: Settings, aside: Aside) -> Run:
         session.attach()
         seam.acquire(session)
         scaler.acquire(session)
+        setup.check_decay(session.contracts.report, facts["optimizers"], table)
+        setup.check_coverage(session.contracts.report, _not_optimized(settings))
         run._ends = ends.watch_process_end(run._ended)
     except BaseException:
         _let_go(run, session)
@@ -153,6 +156,19 @@ def _create(root: Path, manifest: Manifest) -> JournalWriter:
             # Too many tensors for their histograms: the norms matter more.
             manifest = replace(manifest, buckets=0, sections=sections(len(manifest.tensors), False))
     raise FileExistsError(f"{root / manifest.run}: a thousand attempts already; remove old runs")
+
+
+def _not_optimized(settings: Settings) -> list[str]:
+    """Names of trainable parameters that no optimizer holds."""
+    held = {
+        id(parameter)
+        for parts in settings.optimizers.values()
+        for part in parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    }
+    named = tensors.named_parameters(settings.models)
+    return [name for name, _, parameter in named if parameter.requires_grad and id(parameter) not in held]
 
 
 def _has_tensor_rates(settings: Settings) -> bool:

@@ -26,6 +26,8 @@ class TrainLog:
         self._count = 0
         self._since = 0
         self._samples = math.nan
+        #: Whether the loop ever said how many samples a step consumed.
+        self.samples_logged = False
         self._sums: dict[str, tuple[Any, int]] = {}
 
     def loss(self, loss: Tensor | float) -> None:
@@ -54,6 +56,7 @@ class TrainLog:
 
     def samples(self, count: int | float) -> None:
         """Samples of the step under way (or, with losses logged behind it, of the next)."""
+        self.samples_logged = True
         self._samples = count if math.isnan(self._samples) else self._samples + count
 
     def metric(self, name: str, value: Any) -> None:

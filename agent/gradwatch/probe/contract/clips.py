@@ -1,0 +1,196 @@
+"""Is the clip where it has an effect, and of what it should be?
+
+Where several codes have one cause, the specific one alone is reported: what is
+clipped in the wrong place is not also called ineffective.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from gradwatch.probe.contract.report import Report
+from gradwatch.probe.lane import Values, gather, on_host
+from gradwatch.probe.norms import is_sharded, local
+from gradwatch.probe.sampling import is_sampled
+
+if TYPE_CHECKING:
+    from gradwatch.probe.attempted import Clip
+    from gradwatch.probe.optimizer import OptimizerProbe
+    from gradwatch.probe.session import Session
+
+#: How far above the threshold a clip's own rounding can leave the norm. Honest bfloat16 clips exceed it in
+#: half of the cases, by up to 0.6 %.
+TOLERANCE: Final = {torch.bfloat16: 0.01, torch.float16: 0.004}
+_TOLERANCE_WIDE: Final = 1e-3
+#: Attempted steps after which a declared threshold without a clip is a finding.
+MISSING_AFTER: Final = 20
+#: A norm this far from the truth is coarse beyond what its dtype explains away (bfloat16 rounds to 0.4 %).
+COARSE: Final = 0.02
+
+
+class ClipChecks:
+    """The clip contract of one optimizer."""
+
+    def __init__(self, session: Session, report: Report) -> None:
+        self._session, self._report = session, report
+        self._declared = session.writer.manifest.max_norm
+        self._without = 0
+        self._clip_seen = False
+        self._former_clipped = True
+        self._behind = 0
+
+    def before_step(self, probe: OptimizerProbe) -> None:
+        """Gradients are as the optimizer will use them: judge every clip of this attempted step."""
+        attempted = probe.attempted
+        clips = attempted.clips
+        if len(clips) == 1 and clips[0].plain and clips[0].backwards == attempted.backwards:
+            # The common loop: one clip of everything, behind the last backward pass.
+            self._clip_seen = self._former_clipped = True
+            if is_sampled(probe.step):
+                self._check_effect(probe, clips)
+            return
+        bounded = [clip for clip in clips if clip.max_norm < math.inf]
+        if not bounded:
+            self._no_clip(probe)
+            return
+        self._clip_seen = True
+        judged = self._check_scale(probe, bounded) or self._check_place(probe, bounded)
+        self._former_clipped = True
+        if not judged and is_sampled(probe.step):
+            effective = [clip for clip in attempted.effective_clips() if clip.max_norm < math.inf]
+            self._check_parts(probe, effective)
+            self._check_effect(probe, effective)
+
+    def landed(self, step: int, norm_type: float, used: float, true: float) -> None:
+        """The norms of a clipped step are on the host: is the one that training used the true one?"""
+        if norm_type != 2.0 or not math.isfinite(true) or math.isnan(used):
+            return
+        if math.isinf(used) or (true > 0 and abs(used / true - 1) > COARSE):
+            how = "overflowed to infinity" if math.isinf(used) else f"is {used / true - 1:+.1%} off"
+            self._report.violation(
+                "clip-norm-overflow",
+                step,
+                f"the norm that the clip used {how}; the true gradient norm is {true:.6g}",
+                {"used": used, "true": true},
+            )
+
+    # -- one question each
+
+    def _no_clip(self, probe: OptimizerProbe) -> None:
+        self._former_clipped = False
+        if self._declared is None or self._clip_seen or probe.attempted.flags & 8:
+            return
+        self._without += 1
+        if self._without >= MISSING_AFTER and self._report.count("clip-after-step") == 0:
+            self._report.violation(
+                "clip-missing",
+                probe.step,
+                f"max_norm={self._declared:g} was declared and no clip was seen in {self._without} attempted steps",
+                {"max_norm": self._declared, "attempted_steps": self._without},
+            )
+
+    def _check_scale(self, probe: OptimizerProbe, clips: list[Clip]) -> bool:
+        scaled = [clip for clip in clips if clip.scale is not None]
+        if not scaled:
+            return False
+        scale = scaled[0].scale
+        value = math.nan if isinstance(scale, Tensor) and not on_host(scale) else float(scale or 0.0)
+        if value == 1.0:
+            return False
+        of = f"the loss scale {value:g}" if math.isfinite(value) else "the loss scale"
+        self._report.violation(
+            "clip-scaled-gradients",
+            probe.step,
+            f"gradients were clipped at {scaled[0].max_norm:g} with {of} still in them",
+            {"max_norm": scaled[0].max_norm, "scale": value, "optimizer": probe.name},
+        )
+        return True
+
+    def _check_place(self, probe: OptimizerProbe, clips: list[Clip]) -> bool:
+        """Clips before the last backward pass. Only clips that cover the watched parameter tell of it."""
+        backwards = probe.attempted.backwards
+        telling = [clip for clip in clips if clip.watched]
+        early = [clip for clip in telling if clip.backwards < backwards]
+        if not early:
+            self._behind = 0
+            return False
+        evidence = {"optimizer": probe.name, "max_norm": early[-1].max_norm, "backward_passes": backwards}
+        if all(clip.backwards == 0 for clip in telling):
+            # It ran on the gradients of the former step, behind that step.
+            if not self._former_clipped or self._behind:
+                self._behind += 1
+                if self._behind >= 2:
+                    self._report.violation(
+                        "clip-after-step",
+                        probe.step,
+                        f"gradients were clipped at {early[-1].max_norm:g} behind optimizer.step(), "
+                        "where they are no longer used",
+                        evidence,
+                    )
+            self._former_clipped = False
+            return True
+        places = {clip.backwards for clip in telling if clip.backwards > 0}
+        if telling[-1].backwards < backwards:
+            self._report.violation(
+                "clip-before-backward",
+                probe.step,
+                f"a backward pass ran between the clip at {telling[-1].max_norm:g} and the step",
+                evidence,
+            )
+            return True
+        if len(places) > 1:
+            self._report.violation(
+                "clip-each-microbatch",
+                probe.step,
+                f"gradients were clipped after each of {len(places)} backward passes of one step",
+                {**evidence, "clips": len(places)},
+            )
+            return True
+        return False
+
+    def _check_parts(self, probe: OptimizerProbe, clips: list[Clip]) -> None:
+        if not clips or any(clip.whole for clip in clips):
+            return
+        covered = {int(c) for clip in clips for c in clip.columns}
+        names = [
+            name
+            for name, parameter, column in probe.named()
+            if parameter.grad is not None and column >= 0 and column not in covered
+        ]
+        if names:
+            self._report.violation(
+                "clip-partial",
+                probe.step,
+                f"the clip left out {len(names)} stepped tensors that have gradients, such as {names[0]}",
+                {"optimizer": probe.name, "left_out": names[:20], "count_left_out": len(names)},
+            )
+
+    def _check_effect(self, probe: OptimizerProbe, clips: list[Clip]) -> None:
+        """Measure the norm behind the clip, at a sampled step, and compare when it is on the host."""
+        for clip in clips:
+            grads = probe.gradients_of(clip)
+            if not grads or clip.logged or any(is_sharded(g) for g in grads):
+                continue
+            tolerance = max(TOLERANCE.get(g.dtype, _TOLERANCE_WIDE) for g in grads)
+            norms = [torch.linalg.vector_norm(local(g).float(), clip.norm_type) for g in grads]
+            after = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), clip.norm_type)
+            step, bound = probe.step, clip.max_norm
+
+            def judge(values: Values, step: int = step, bound: float = bound, tolerance: float = tolerance) -> None:
+                norm = float(values[0])
+                if norm > bound * (1 + tolerance) + 1e-12:
+                    self._report.violation(
+                        "clip-ineffective",
+                        step,
+                        f"the gradient norm at the step was {norm:.6g}, above the clip's threshold {bound:g}",
+                        {"norm_after_clip": norm, "max_norm": bound, "optimizer": probe.name},
+                    )
+
+            if on_host(after):
+                judge(after.reshape(1).numpy())
+            else:
+                self._session.lane.send(gather([after]), judge)

@@ -1,0 +1,112 @@
+"""Do gradients arrive where an optimizer waits for them, and are they cleared in between?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from gradwatch.probe.contract.report import Report
+from gradwatch.probe.lane import Values, gather, on_host
+
+if TYPE_CHECKING:
+    from gradwatch.probe.optimizer import OptimizerProbe
+    from gradwatch.probe.session import Session
+
+#: Steps without a single gradient before a parameter counts as never reached.
+MISSING_STEPS: Final = 200
+#: Steps in a row whose backward passes all added to old gradients.
+UNCLEARED_STEPS: Final = 3
+#: Steps in a row that began cleared, after which the question is asked at every 64th step only.
+TRUSTED: Final = 256
+
+
+class GradientChecks:
+    """Whether gradients come, and whether they are cleared, for one optimizer."""
+
+    def __init__(self, session: Session, report: Report) -> None:
+        self._session, self._report = session, report
+        self._missing_at = MISSING_STEPS
+        self._reached: set[int] = set()
+        # Of the attempted step under way: has any backward pass begun with cleared gradients, and
+        # how many asked a device whose answer is not here yet.
+        self._cleared = False
+        self._asked: list[Tensor] = []
+        self._clean = 0
+        self._dirty = 0
+
+    # -- cleared
+
+    def backward(self, probe: OptimizerProbe, parameter: Tensor) -> None:
+        """A backward pass is about to add to ``parameter.grad``."""
+        if self._cleared:
+            return
+        grad = parameter.grad
+        if grad is None or (self._clean >= TRUSTED and probe.step % 64):
+            self._cleared = True
+        elif len(self._asked) < 16:
+            # set_to_none=False leaves zeros: only their values tell, so they are asked for, not waited for.
+            self._asked.append(grad.detach().abs().amax())
+
+    def after_step(self, probe: OptimizerProbe) -> None:
+        """The step is done: was there a backward pass before it that began cleared?"""
+        cleared, asked = self._cleared, self._asked
+        self._cleared, self._asked = False, []
+        if probe.step == 0:
+            return  # before the first step there was nothing to clear
+        if cleared or not asked:
+            if cleared:
+                self._clean += 1
+                self._dirty = 0
+            return
+        step = probe.step
+
+        def judge(values: Values) -> None:
+            if (values == 0).any():
+                self._clean += 1
+                self._dirty = 0
+                return
+            self._clean = 0
+            self._dirty += 1
+            if self._dirty >= UNCLEARED_STEPS:
+                self._report.violation(
+                    "gradients-not-cleared",
+                    step,
+                    f"in {self._dirty} steps in a row, every backward pass added to gradients of the former step",
+                    {"steps_in_a_row": self._dirty, "optimizer": probe.name},
+                )
+
+        vector = torch.stack(asked)
+        if on_host(vector):
+            judge(vector.float().numpy())
+        else:
+            self._session.lane.send(gather(asked), judge)
+
+    # -- missing
+
+    def before_step(self, probe: OptimizerProbe) -> None:
+        """Note which parameters have a gradient, where not all have."""
+        if self._missing_at is None or probe.step > self._missing_at:
+            return
+        absent = [
+            (name, parameter)
+            for name, parameter, _ in probe.named()
+            if parameter.grad is None and parameter.requires_grad and id(parameter) not in self._reached
+        ]
+        if probe.step == self._missing_at:
+            self._missing_at = -1
+            if absent and len(absent) < len(probe.parameters):
+                names = [name for name, _ in absent]
+                self._report.violation(
+                    "gradients-missing",
+                    probe.step,
+                    f"{len(names)} optimized tensors got no gradient in {MISSING_STEPS} steps, such as {names[0]}",
+                    {"tensors": names[:20], "count_tensors": len(names), "optimizer": probe.name},
+                )
+            self._reached.clear()
+        elif absent:
+            missing = {id(parameter) for _, parameter in absent}
+            self._reached |= {id(p) for p in probe.parameters if id(p) not in missing}
+        else:
+            self._missing_at = -1  # every one has been reached
