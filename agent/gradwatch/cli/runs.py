@@ -15,6 +15,8 @@ import numpy as np
 import typer
 
 from gradwatch.cli.locate import Recorded, recorded, root_of
+from gradwatch.collect.life import Motion, told_end
+from gradwatch.collect.pace import Pace
 from gradwatch.collect.rows import Rows
 from gradwatch.journal import JournalError, JournalReader
 
@@ -122,7 +124,7 @@ def read_line(run: Recorded) -> Line:
         run=run.run,
         name=manifest.run_name or run.run,
         model=manifest.model,
-        state=_state(ends, alive, len(rows)),
+        state=_state(ends, alive, rows, manifest.start_time),
         attempt=run.latest.attempt,
         world_size=manifest.world_size,
         step=int(rows.step[-1]) if len(rows) else None,
@@ -135,13 +137,17 @@ def read_line(run: Recorded) -> Line:
     )
 
 
-def _state(ends: Sequence[dict[str, Any]], alive: bool, rows: int) -> str:
-    """The state as the journal alone tells it: who dies without a word, and without a parent, ended abruptly."""
+def _state(ends: Sequence[dict[str, Any]], alive: bool, rows: Rows, start_time: float) -> str:
+    """The state as the journal alone tells it: who is gone without a word ended abruptly."""
     if ends:
-        return str(ends[-1].get("state", "finished"))
+        return told_end(ends[-1]).state
     if not alive:
         return "abrupt"
-    return "running" if rows else "starting"
+    pace = Pace()
+    pace.add(rows["duration"])
+    motion = Motion(time.monotonic, time.time)
+    motion.moved_at(float(rows.time[-1]) if len(rows) else start_time)
+    return motion.state(bool(len(rows)), pace)
 
 
 def _last(values: Sequence[float]) -> float | None:
