@@ -60,8 +60,10 @@ class Contracts:
 
     def row_landed(self, row: Row, grad_norm: float, grad_norm_l2: float) -> None:
         """The values of a row that took the long way are on the host."""
-        if len(row.clips) == 1 and row.clips[0].scale is None and row.clips[0].whole:
-            self._clips[row.optimizer].landed(row.step, row.clips[0].norm_type, grad_norm, grad_norm_l2)
+        clip = row.clips[0] if len(row.clips) == 1 else None
+        # A reported norm may be of shards elsewhere: nothing here could say that it is wrong.
+        if clip is not None and clip.whole and clip.scale is None and not clip.logged:
+            self._clips[row.optimizer].landed(row.step, clip.norm_type, grad_norm, grad_norm_l2)
 
     def sample_landed(
         self, probe: OptimizerProbe, step: int, clipped_norm: float, weight_norms: npt.NDArray[np.float32]
