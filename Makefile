@@ -58,7 +58,7 @@ generate: $(READY)
 	@PATH="$(BIN):$$PATH" bash .ci/verify --write
 
 bench: $(READY)
-	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+	@set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache gradwatch-demo
