@@ -61,9 +61,7 @@ class Metric:
 
     @property
     def all_labels(self) -> tuple[str, ...]:
-        base = {"run": ("model", "run"), "rank": ("model", "run", "rank"), "agent": (), "bridge": ()}[
-            self.scope
-        ]
+        base = {"run": ("model", "run"), "rank": ("model", "run", "rank"), "agent": (), "bridge": ()}[self.scope]
         return base + self.labels
 
 
