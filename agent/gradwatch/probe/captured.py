@@ -51,9 +51,7 @@ def alike(grads: list[Tensor], total: Any = None) -> bool:
         return False
     first = grads[0]
     dtype = first.dtype
-    if total is not None and (
-        total.__class__ is not Tensor or not total.is_floating_point() or total.device != first.device
-    ):
+    if total is not None and (total.__class__ is not Tensor or total.device != first.device):
         return False
     if first.is_cpu:
         for g in grads:  # noqa: SIM110 - a generator costs twice as much
@@ -119,15 +117,18 @@ class _Torch:
 
         The last tensor that was noted is the vector of norms itself, of which the total was taken.
         """
-        inputs, pieces = self.inputs[:-1], self.pieces
-        if self.stacked is None or not len(inputs) == len(pieces) == len(tensors):
+        inputs, pieces, stacked = self.inputs[:-1], self.pieces, self.stacked
+        if stacked is None or not len(inputs) == len(pieces) == len(tensors):
             return None
-        if self.stacked.__class__ is Tensor and all(map(is_, inputs, tensors)):
-            return self.stacked
-        by_id = {id(t): getattr(norm, "_local_tensor", norm) for t, norm in zip(inputs, pieces)}
-        if any(id(t) not in by_id for t in tensors):
-            return None
-        return _stack([by_id[id(t)] for t in tensors])
+        plain = stacked.__class__ is Tensor
+        if plain and all(map(is_, inputs, tensors)):
+            return stacked
+        place = {id(t): i for i, t in enumerate(inputs)}
+        order = [place[id(t)] for t in tensors]
+        if plain and stacked.is_cpu:
+            return stacked[torch.tensor(order)]
+        # Stacked anew: an index would have to be copied to the device, which waits for it.
+        return _stack([pieces[i] if plain else getattr(pieces[i], "_local_tensor", pieces[i]) for i in order])
 
 
 def captured_norm(

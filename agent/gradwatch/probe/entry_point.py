@@ -68,6 +68,12 @@ class Site:
                 setattr(module, name, original)
 
 
+def wrapped(function: Any) -> Any:
+    """What a ``no_grad`` wrapper runs at present; None where there is no such cell."""
+    cell = _func_cell(function)
+    return None if cell is None else cell.cell_contents
+
+
 def _func_cell(function: Any) -> CellType | None:
     """The cell of a ``no_grad`` wrapper that holds the wrapped function; looks below other people's wrappers."""
     for _ in range(8):

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import GeneratorType
+from types import FunctionType, GeneratorType
 from typing import Any, Final, Protocol
 from weakref import ref
 
@@ -28,7 +28,7 @@ from torch.nn import utils
 from torch.nn.utils import clip_grad
 
 from gradwatch.probe.captured import alike, captured_norm, clip_alike_, is_known, norm_alike
-from gradwatch.probe.entry_point import EntryPoint, Function, Site
+from gradwatch.probe.entry_point import EntryPoint, Function, Site, wrapped
 from gradwatch.probe.listeners import Listeners, failed
 
 _Tensors = Tensor | Iterable[Tensor]
@@ -76,7 +76,10 @@ class ValueClipEvent:
 
 
 class Listener(Protocol):
-    """Who is told about clips. What it raises goes to its own ``on_failure``, never to the training loop."""
+    """Who is told about clips. What it raises goes to its own ``on_failure``, never to the training loop.
+
+    A call in which torch raised (``error_if_nonfinite``) is not told of.
+    """
 
     def on_norm(self, event: NormEvent) -> None:
         """A norm was computed; no gradient is clipped yet."""
@@ -148,7 +151,10 @@ def traced() -> int:
 
 
 def _clip_grad_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
-    fast = is_known(original)
+    names = original.__globals__ if isinstance(original, FunctionType) else {}
+    norm_of, clip_by = names.get("_get_total_norm"), names.get("_clip_grads_with_norm_")
+    # The short way does the work of all three, so all three must be torch's.
+    fast = all(is_known(f) for f in (original, wrapped(norm_of), wrapped(clip_by)))
 
     def clip_grad_norm_(
         parameters: _Tensors,
@@ -162,7 +168,14 @@ def _clip_grad_norm(original: Function, heard_by: Listeners[Listener]) -> Functi
             _trace()
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
         listeners = heard_by.now
-        if not listeners or not fast or future or error_if_nonfinite or foreach is False:
+        if (
+            not (listeners and fast)
+            or future
+            or error_if_nonfinite
+            or foreach is False
+            or names["_get_total_norm"] is not norm_of
+            or names["_clip_grads_with_norm_"] is not clip_by
+        ):
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
         params = _listed(parameters)
         if not params and isinstance(parameters, GeneratorType):
