@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from gradwatch.probe import columns as col
@@ -65,6 +66,8 @@ class Attempted:
     value_threshold: float = math.nan
     backwards: int = 0
     measured: Measured | None = None
+    #: Measurements of optimizers that are stepped one after the other, joined when the last has stepped.
+    parts: list[Measured] = field(default_factory=list)
     flags: int = 0
 
     def clear(self) -> None:
@@ -73,7 +76,17 @@ class Attempted:
         self.value_threshold = math.nan
         self.backwards = 0
         self.measured = None
+        self.parts.clear()
         self.flags = 0
+
+    def join_parts(self) -> None:
+        """Make one measurement of those of the parts."""
+        if self.parts:
+            columns = np.concatenate([part.columns for part in self.parts])
+            device = self.parts[0].norms.device
+            norms = torch.cat([part.norms.float().to(device, non_blocking=True) for part in self.parts])
+            self.measured = Measured(columns, norms, self.parts[0].scale)
+            self.parts = []
 
     def effective_clips(self) -> list[Clip]:
         """The clips behind the last backward pass: what came before it clipped other gradients."""

@@ -15,7 +15,7 @@ HOST: Final = (
     "clip_threshold",
     "value_threshold",
 )
-DEVICE: Final = ("loss", "grad_norm", "grad_norm_l2", "clip_coefficient", "nonfinite", "loss_scale")
+DEVICE: Final = ("loss", "grad_norm", "grad_norm_l2", "clip_coefficient", "nonfinite", "loss_scale", "found_inf")
 LOSS: Final = 0
 
 #: Bits of the column ``flags``.

@@ -225,13 +225,21 @@ class OptimizerProbe:
             self.step = steps_taken(optimizer)
 
     def measure(self, optimizer: Optimizer) -> None:
-        with_grad = [p for p in self.parameters if p.grad is not None]
+        """Take the norms of the gradients that ``optimizer`` is about to use."""
+        parameters = self.parameters
+        if len(self.optimizers) > 1:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with_grad = [p for p in parameters if p.grad is not None]
         if not with_grad:
             return
         columns, _ = self.columns.of(with_grad)
         norms = stack(l2_norms([p.grad for p in with_grad if p.grad is not None]))
         scale = getattr(optimizer, "grad_scale", None)
-        self.attempted.measured = Measured(columns, norms, scale)
+        measured = Measured(columns, norms, scale)
+        if len(self.optimizers) > 1:
+            self.attempted.parts.append(measured)
+        else:
+            self.attempted.measured = measured
         self.attempted.flags |= col.MEASURED if not self.attempted.clips else 0
 
     def _begin_sample(self) -> None:
@@ -269,8 +277,16 @@ class OptimizerProbe:
             session.recorder.spent += perf_counter() - began
 
     def stepped(self, found_inf: Tensor | None = None) -> None:
-        """The step is done: write its row, finish its sample."""
-        self._write(0)
+        """The step is done: write its row, finish its sample.
+
+        A fused optimizer under a GradScaler skips inside its kernel; ``found_inf`` says so, on the host at
+        once, on a device with the row's other values (the step's number then counts attempts).
+        """
+        if found_inf is not None and on_host(found_inf) and found_inf.item():
+            self.skipped()
+            return
+        self.attempted.join_parts()
+        self._write(0, found_inf)
         session = self.session
         sample, self._sample = self._sample, None
         if sample is not None:
@@ -283,9 +299,10 @@ class OptimizerProbe:
         self._sample = None
         if self.attempted.measured is None and not self.attempted.clips:
             self.measure(self.optimizers[0])
-        self._write(col.SKIPPED)
+        self.attempted.join_parts()
+        self._write(col.SKIPPED, None)
 
-    def _write(self, flags: int) -> None:
+    def _write(self, flags: int, found_inf: Tensor | None) -> None:
         session = self.session
         attempted, train = self.attempted, session.train
         if attempted.backwards == 0 and is_sampled(self.step):
@@ -310,7 +327,8 @@ class OptimizerProbe:
             return
         self.attempted = Attempted()
         clips = attempted.effective_clips()
-        row = Row(self.index, self.step, attempted, clips, loss, session.loss_scale(), self._tensor_rates_now())
+        scale, rates = session.loss_scale(), self._tensor_rates_now()
+        row = Row(self.index, self.step, attempted, clips, loss, scale, found_inf, rates)
         session.recorder.write(row, host)
 
     def _read_groups(self, host: list[float]) -> bool:

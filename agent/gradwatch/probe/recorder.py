@@ -35,6 +35,7 @@ class Row:
     clips: list[Clip]
     loss: Number
     loss_scale: Number
+    found_inf: Number
     tensor_rates: list[Tensor | float]
     sequence: int = 0
     time: float = 0.0
@@ -100,7 +101,7 @@ class Recorder:
         host[4] = self.spent
         self._previous = tick
         self.spent = 0.0
-        self._device = device = [loss, total, total, factor, 0.0, math.nan, *self._spare]
+        self._device = device = [loss, total, total, factor, 0.0, math.nan, math.nan, *self._spare]
         self.sequence = sequence = self._steps.append(step, now, host, device)
         self.step = step
         self._tensors.append(sequence, step, now)
@@ -177,6 +178,7 @@ class Recorder:
 
         loss = number(row.loss, math.nan)
         loss_scale = number(row.loss_scale, math.nan)
+        found_inf = number(row.found_inf, math.nan)
         rates = [number(rate, math.nan) for rate in row.tensor_rates]
         totals, norms, scales = [], [], []
         for clip in row.clips:
@@ -190,7 +192,7 @@ class Recorder:
         outcome = derive(row.clips, totals, norms, scales, measured, columns, self._tensors.payload)
         self.landed(row, outcome.grad_norm, outcome.grad_norm_l2)
         numbers = [outcome.grad_norm, outcome.grad_norm_l2, outcome.clip_coefficient, float(outcome.nonfinite)]
-        device = [loss, *numbers, loss_scale, *rates]
+        device = [loss, *numbers, loss_scale, found_inf, *rates]
         return device + [math.nan] * (self._width - len(device))
 
     def drain(self, seconds: float) -> None:
@@ -204,7 +206,7 @@ class Recorder:
 
 def _device_values(row: Row) -> list[Tensor]:
     """The tensors of a row, in the order in which ``Recorder._derive`` takes them up."""
-    values: list[Number] = [row.loss, row.loss_scale, *row.tensor_rates]
+    values: list[Number] = [row.loss, row.loss_scale, row.found_inf, *row.tensor_rates]
     for clip in row.clips:
         values += [clip.total, clip.scale, clip.norms]
     if row.attempted.measured is not None:
