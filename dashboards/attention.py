@@ -5,22 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import bargauge, stat, statetimeline, table, timeseries
 
 import queries
-from common import (
-    SEVERITY_COLOURS,
-    STATE_COLOURS,
-    Column,
-    Query,
-    bars,
-    budget,
-    codes,
-    graph,
-    number,
-    rows,
-    timeline,
-    to_dashboard,
-    to_mlflow,
-    words,
-)
+from common import SEVERITY_COLOURS, STATE_COLOURS, Query, budget, codes, to_dashboard, to_mlflow, words
+from panels import Column, bars, graph, number, rows, timeline
 
 RUN_COLUMN = Column("run", "Run id", links=[to_dashboard("On call for this run", "gradwatch-oncall", "${__value.raw}")])
 

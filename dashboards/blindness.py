@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import stat, table, timeseries
 
 import queries
-from common import FROM_BRIDGE, Column, Query, budget, graph, number, right_axis, rows, to_dashboard
+from common import FROM_BRIDGE, Query, budget, to_dashboard
+from panels import Column, graph, number, right_axis, rows
 
 NO_AGENT, NO_BRIDGE = "no agent", "no bridge"
 

@@ -250,7 +250,7 @@ def _dashboard(
         .refresh(refresh)
         .timezone("browser")
         .links(variables.links())
-        .annotations(variables.annotations(of_runs=one_run))
+        .annotations(variables.marks(of_runs=one_run))
         .variables(
             [
                 variables.data_source(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import heatmap, timeseries
 
 import queries
-from common import SERIES_LINKS, Query, budget, dashed, graph, right_axis, rows_heatmap
+from common import SERIES_LINKS, Query, budget
+from panels import dashed, graph, right_axis, rows_heatmap
 
 WHO = "{{run_name}} {{optimizer}}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import heatmap, timeseries
 
 import queries
-from common import SERIES_LINKS, Query, graph, rows_heatmap
+from common import SERIES_LINKS, Query
+from panels import graph, rows_heatmap
 
 _WHAT = {
     "layer_grad_norm": (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import timeseries
 
 import queries
-from common import SERIES_LINKS, Query, dashed, graph
+from common import SERIES_LINKS, Query
+from panels import dashed, graph
 
 
 def loss() -> timeseries.Panel:

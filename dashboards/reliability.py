@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import bargauge, stat, timeseries
 
 import queries
-from common import FROM_BRIDGE, Query, bars, budget, graph, number
+from common import FROM_BRIDGE, Query, budget
+from panels import bars, graph, number
 
 
 def goodput_now() -> stat.Panel:

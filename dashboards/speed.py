@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import timeseries
 
 import queries
-from common import SERIES_LINKS, Query, graph, right_axis
+from common import SERIES_LINKS, Query
+from panels import graph, right_axis
 
 
 def throughput() -> timeseries.Panel:

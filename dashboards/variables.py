@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from grafana_foundation_sdk.builders import dashboard, prometheus
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models.common import DataSourceRef
 from grafana_foundation_sdk.models.dashboard import (
+    AnnotationQuery,
     AnnotationTarget,
+    DashboardLink,
     DashboardLinkType,
     VariableHide,
     VariableOption,
@@ -17,6 +20,7 @@ from grafana_foundation_sdk.models.dashboard import (
 
 import queries
 from common import SOURCE
+from gradwatch.catalog import BY_NAME
 
 ALL = VariableOption(selected=True, text=["All"], value=["$__all"])
 
@@ -53,7 +57,7 @@ def model() -> dashboard.QueryVariable:
 def _label(
     name: str, label: str, description: str, matchers: str, metric: str = "run_state"
 ) -> dashboard.QueryVariable:
-    exposed = queries.BY_NAME[metric].exposed
+    exposed = BY_NAME[metric].exposed
     return _query(name, label, description, f"label_values({exposed}{{{matchers}}}, {name})")
 
 
@@ -125,7 +129,7 @@ def slo_target() -> dashboard.CustomVariable:
     )
 
 
-def annotations(*, of_runs: bool) -> list[dashboard.AnnotationQuery]:
+def marks(*, of_runs: bool) -> list[Builder[AnnotationQuery]]:
     """Alerts and the bridge's notes; where runs are chosen, their findings and restarts too."""
     notes = (
         dashboard.AnnotationQuery()
@@ -169,7 +173,7 @@ def _from_prometheus(name: str, expression: str, colour: str, title: str, text: 
     )
 
 
-def links() -> list[dashboard.DashboardLink]:
+def links() -> list[Builder[DashboardLink]]:
     """To the other dashboards, keeping time, data source, model and run."""
     return [
         dashboard.DashboardLink("gradwatch")

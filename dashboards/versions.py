@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import bargauge, table, timeseries
 
 import queries
-from common import FROM_BRIDGE, Column, Query, bars, budget, graph, matrix, rows, to_dashboard, to_mlflow
+from common import FROM_BRIDGE, Query, budget, to_dashboard, to_mlflow
+from panels import Column, bars, graph, matrix, rows
 
 
 def scores() -> timeseries.Panel:
@@ -52,7 +53,7 @@ def changed() -> table.Panel:
     return rows(
         "What changed since the last good run",
         "Hyperparameters of the live runs beside the registered version's, and the relative change. Healthy: 0 "
-        f"everywhere, or a change that somebody made on purpose. {FROM_BRIDGE}",
+        "everywhere, or a change that somebody made on purpose. Registered and Change come from the bridge alone.",
         [Query(queries.DRIFT), Query(queries.REGISTERED), Query(queries.PRESENT)],
         [
             Column("model", "Model"),

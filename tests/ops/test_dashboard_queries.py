@@ -9,6 +9,8 @@ namespace. That a query is fast enough is for ``benchmarks/dashboards.py``.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.ops.dashboard_support.history import History, PastRun, blocks
-from tests.ops.dashboard_support.panels import Target, load, request, substituted, targets
+from tests.ops.dashboard_support.panels import ROOT, Target, load, request, substituted, targets
 from tests.services import Prometheus, program
 
 pytestmark = pytest.mark.services
@@ -106,7 +108,8 @@ def _target(name: str) -> Target:
 
 
 def one(server: Prometheus, name: str, **chosen: str) -> list[tuple[dict[str, str], list[float]]]:
-    return [(each["metric"], numbers(each)) for each in answer(server, _target(name), **chosen)]
+    found = answer(server, _target(name), START, END, **chosen)
+    return [(each["metric"], numbers(each)) for each in found]
 
 
 def test_the_table_shows_ended_runs_with_their_last_state_and_no_step_age(cluster: Prometheus) -> None:
@@ -201,6 +204,23 @@ def test_the_run_variable_finds_ended_runs_by_name_and_the_neediest_first(cluste
         assert set(options) == {("nightly-42 · 5f2a91c0", LIVE.run), ("nightly-41 · 1b7e0c3d", FINISHED.run)}
         if uid != "gradwatch-fleet":
             assert options[0][1] == LIVE.run
+
+
+def test_the_benchmark_asks_every_query_and_all_have_data() -> None:
+    """The same at a small size; how long it takes here is no matter."""
+    small = ["--runs", "3", "--ranks", "2", "--hours", "2", "--every", "60", "--repeat", "1", "--limit", "60"]
+    program("promtool")
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "dashboards.py"), *small],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    asked = len(targets()) + 3
+    for chosen in ("one run", "two runs"):
+        assert re.search(rf"^{chosen} chosen: {asked} queries, .* 0 without data$", told.stdout, re.M), told.stdout
 
 
 @pytest.mark.parametrize("name", ["namespace", "model", "rank", "layer", "job", "instance"])

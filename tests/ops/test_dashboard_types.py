@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -138,13 +139,14 @@ def test_all_dashboards_fit_grafanas_types(project: Path) -> None:
 
 
 def test_what_grafana_would_ignore_in_silence_is_an_error(project: Path) -> None:
-    """A misspelt option, an unknown mode and a string for a number, in one go."""
+    """A misspelt option, an unknown mode and a string for a number: a panel each, as one error hides another."""
     broken = copy.deepcopy(load()["gradwatch-oncall"])
-    first = next(panel for panel in panels(broken) if panel["type"] == "timeseries")
+    first, second, third = [panel for panel in panels(broken) if panel["type"] == "timeseries"][:3]
     first["options"]["legend"]["calculations"] = first["options"]["legend"].pop("calcs")
-    first["fieldConfig"]["defaults"]["custom"]["drawStyle"] = "lines"
-    first["gridPos"]["w"] = "12"
+    second["fieldConfig"]["defaults"]["custom"]["drawStyle"] = "lines"
+    third["gridPos"]["w"] = "12"
     broken["templating"]["list"][1]["refresh"] = 7
     told = check(project, source({"broken": broken}), f"broken-{os.getpid()}")
-    for part in ("calculations", "drawStyle", "'w'", "refresh"):
+    assert len(re.findall(r"error TS", told)) == 4, told
+    for part in ("calculations", '"lines"', "'string' is not assignable to type 'number'", "'7' is not assignable"):
         assert part in told
