@@ -232,7 +232,7 @@ def plain(value: Any, limit: int = MAX_NODES) -> Any:
 def _number(value: Any) -> Any:
     """A number or None as it is; an integer beyond 64 bits as the nearest float."""
     if isinstance(value, int) and abs(value) >= 2**63:
-        return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+        return float(value) if abs(value) < 2**1023 else (math.inf if value > 0 else -math.inf)
     return value
 
 

@@ -63,7 +63,8 @@ class RingTail:
             block, whole = self._look(at, most, glance=not ended)
             if whole.any():
                 found = np.flatnonzero(whole)
-                self.cut = bool(found[-1] >= most)
+                lapped = len(block) == capacity and self._newest(block, at) is not None
+                self.cut = bool(found[-1] >= most) or lapped
                 return block[found[found < most]] if found[0] < most else block[found[:1]]
             newest = self._newest(block, at)
             if newest is not None:
@@ -99,12 +100,15 @@ class RingTail:
     def newest(self, limit: int) -> list[Slots]:
         """The last ``limit`` rows that stand, in blocks, without moving."""
         look = RingTail(self.fd, self.where, self.next)
-        while len(look.take(limit, ended=True)) or look.cut:
-            pass
+        # As many turns as the ring has blocks, and no more: a writer that is faster must not be chased for ever.
+        for _ in range(2 + self.geometry.capacity * self.geometry.slot_size // _BLOCK_BYTES):
+            if not len(look.take(self.geometry.capacity, ended=True)) and not look.cut:
+                break
         look.next, look.cut = max(1, look.next - min(limit, self.geometry.capacity)), True
         blocks: list[Slots] = []
-        while look.cut:
+        while look.cut and limit > 0:
             blocks.append(look.take(limit, ended=True))
+            limit -= len(blocks[-1])
         return blocks
 
     def slots(self, first: int, count: int) -> Slots:
