@@ -1,0 +1,89 @@
+"""One rank of a small distributed training; started by ``torchrun`` from ``test_distributed.py``.
+
+    distributed_worker.py MODE STEPS [WATCHERS]
+
+MODE: ddp, fsdp2 (one mesh dimension), hsdp (two: replicate × shard), local-norm
+(DDP whose loop clips by a norm of its own rank). WATCHERS: all, or first (only
+rank 0 is watched).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import gradwatch
+
+BATCH = 24
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    # 7 and 13 divide by neither 2 nor 4: shards are uneven, and the bias of one row leaves ranks empty-handed.
+    return nn.Sequential(nn.Linear(6, 13), nn.Tanh(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 1))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 6, generator=generator) * (1 + step)
+    return x, x.sum(1, keepdim=True)
+
+
+def wrap(net: nn.Sequential, mode: str) -> nn.Module:
+    if mode in ("ddp", "local-norm"):
+        return nn.parallel.DistributedDataParallel(net)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    world = dist.get_world_size()
+    if mode == "hsdp":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def main() -> None:
+    mode, steps = sys.argv[1], int(sys.argv[2])
+    watchers = sys.argv[3] if len(sys.argv) > 3 else "all"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    net = wrap(model(), mode)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    run = None
+    if watchers == "all" or rank == 0:
+        run = gradwatch.watch(net, optimizer, max_norm=0.5, config={"batch_size": BATCH}, model_name="distributed")
+        assert run.failures == 0, run.last_failure
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = (part.chunk(world)[rank] for part in batch(step))
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        if mode == "local-norm":
+            for p in net.parameters():  # what a forgotten all-reduce leaves: gradients of this rank's data
+                assert p.grad is not None
+                p.grad.mul_(1 + rank)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        if run is not None:
+            run.log_train(loss=loss, samples=len(x))
+    if run is not None:
+        run.finish()
+        assert run.failures == 0, run.last_failure
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        print("done", os.environ["GRADWATCH_DIR"])
+
+
+if __name__ == "__main__":
+    main()
