@@ -200,6 +200,8 @@ class MlflowSink:
             box = self._boxes.get(facts.run) or self._new(facts)
             if facts.attempt > box.target.attempt or _hint(facts) != box.target.hint:
                 self._describe(box, facts)
+            if box.target.gone:
+                self._complaints.dropped(1, "")
             yield None if box.target.gone else box
             self._note_disk(box)
             self._courier.wake()

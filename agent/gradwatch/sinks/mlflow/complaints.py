@@ -42,11 +42,11 @@ class Complaints:
             )
 
     def dropped(self, count: int, why: str) -> None:
-        """Items were given up."""
+        """Items were given up; without ``why``, for a reason that was said."""
         with self._lock:
             self.lost += count
-            self._unsaid += count
-            said = self._due()
+            self._unsaid += count if why else 0
+            said = self._due() if why else 0
         if said:
             self._logger.warning("mlflow: %d items given up so far; last: %s", self.lost, why)
 

@@ -174,7 +174,7 @@ class Courier:
                 count = box.clear()
                 box.save()
                 self._complaints.say(f"{box.target.run}: {error}; nothing more is sent to it")
-                self._complaints.dropped(count, f"{box.target.run}: {error}")
+                self._complaints.dropped(count, "")
                 return
             box.failures += 1
             box.due = self._clock() + self._pause(box.failures, error.kind)
@@ -202,6 +202,6 @@ class Courier:
 
     def _give_up(self, why: str) -> None:
         self.off = True
-        self._complaints.say(why)
-        self._complaints.dropped(sum(box.clear() for box in self.boxes.values()), why)
+        self._complaints.say(f"{why}; nothing is sent to MLflow")
+        self._complaints.dropped(sum(box.clear() for box in self.boxes.values()), "")
         self.boxes.clear()

@@ -7,6 +7,7 @@ timestamp, step, value), so that a row that is sent twice is one row.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -34,6 +35,9 @@ _REFUSALS: Final = 3
 #: Seconds that the status of an ended run waits for the artifacts, so that who sees the end finds them.
 ARTIFACT_GRACE: Final = 2.0
 STATUS_BY: Final = f"{PREFIX}status_by"
+#: MLflow's own tag: `mlflow.load_table` reads only what is listed there.
+TABLES_TAG: Final = "mlflow.loggedArtifacts"
+TABLES: Final = ("gradwatch/layers.json", "gradwatch/last_steps.json")
 _TERMINAL: Final = ("FINISHED", "FAILED", "KILLED")
 _END_TAGS: Final = tuple(PREFIX + name for name in ("reason", "exception", "exit_code", "signal"))
 
@@ -281,6 +285,8 @@ class Delivery:
         view = self._tracking.get_run(run_id)
         if view.deleted:
             raise TrackingError(Kind.GONE, f"run {run_id} was deleted")
+        if end.looks == 0:
+            self._set_tags(run_id, list_tables(view.tags.get(TABLES_TAG)))
         wanted = next_status(view.status, end.status, evidence=end.evidence)
         if box.target.owned and wanted == "FINISHED" and not last:
             wanted = None  # the trainer ends it by itself, now
@@ -305,6 +311,18 @@ class Delivery:
         if end.looks == 0:
             return end.since + ARTIFACT_GRACE if box.artifacts else 0.0
         return end.since + self._verify_after[min(end.looks, len(self._verify_after)) - 1]
+
+
+def list_tables(there: str | None) -> dict[str, str]:
+    """The tag by which MLflow knows which artifacts are tables, ours added to what the trainer listed."""
+    try:
+        listed = json.loads(there or "[]")
+    except ValueError:
+        return {}
+    if not isinstance(listed, list):
+        return {}
+    ours = [{"path": path, "type": "table"} for path in TABLES]
+    return {TABLES_TAG: json.dumps(listed + [entry for entry in ours if entry not in listed])}
 
 
 def _same(there: str, ours: str) -> bool:

@@ -218,6 +218,9 @@ def load(directory: Path, limit: int) -> Outbox | None:
         box.end = PendingEnd(**state["end"]) if state["end"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    if target.gone:
+        box.params, box.tags, box.end = {}, {}, None
+        return box
     for rows in _read_rows(directory / "rows.jsonl"):
         box.rows.append(rows)
         box.size += rows.size

@@ -120,7 +120,7 @@ class Tracking:
                 return str(found.experiment_id)
             if found is None:
                 # Where another agent was quicker this is an error, and the next try finds the experiment.
-                made = partial(_make_experiment, candidate)
+                made = partial(_make_experiment, candidate, beside(self.uri))
                 return self._call(made, conflict=Kind.RETRY) if create else None
         raise TrackingError(Kind.DENIED, f"experiment {name!r} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME")
 
@@ -213,8 +213,14 @@ def _experiment(name: str, client: Any) -> Any:
     return client.get_experiment_by_name(name)
 
 
-def _make_experiment(name: str, client: Any) -> str:
-    return str(client.create_experiment(name))
+def _make_experiment(name: str, location: str | None, client: Any) -> str:
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def beside(uri: str) -> str | None:
+    """Where artifacts of a sqlite file go: beside it. MLflow would take the working directory of whoever asks."""
+    path = uri.removeprefix("sqlite:///")
+    return (Path(path).resolve().parent / "mlartifacts").as_uri() if path != uri and path else None
 
 
 def _view(run: Any) -> RunView:
