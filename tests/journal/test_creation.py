@@ -199,7 +199,7 @@ def test_a_disk_that_is_full_is_one_error_and_nothing_is_left(
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
     directory = attempt_directory(tmp_path, "run", 0, 0)
-    with pytest.raises(OSError, match="No space left on device.*ring"):
+    with pytest.raises(OSError, match=r"No space left on device.*ring"):
         JournalWriter(directory, make_manifest())
     assert files(directory) == []
     before = len(list(Path("/proc/self/fd").iterdir()))

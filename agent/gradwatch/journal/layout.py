@@ -19,6 +19,8 @@ TENSORS = "tensors.ring"
 SAMPLES = "samples.ring"
 EVENTS = "events.jsonl"
 LOCK = "lock"
+#: Written by the trainer's process where SIGTERM ended it: the stack of that moment. Empty otherwise.
+SIGTERM = "sigterm"
 
 #: A run's directory name. Leading dots are left to the agent's own state.
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")

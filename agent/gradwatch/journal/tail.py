@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -99,7 +100,7 @@ class RingTail:
 
     def newest(self, limit: int) -> list[Slots]:
         """The last ``limit`` rows that stand, in blocks, without moving."""
-        look = RingTail(self.fd, self.where, self.next)
+        look = copy(self)
         # As many turns as the ring has blocks, and no more: a writer that is faster must not be chased for ever.
         for _ in range(2 + self.geometry.capacity * self.geometry.slot_size // _BLOCK_BYTES):
             if not len(look.take(self.geometry.capacity, ended=True)) and not look.cut:
