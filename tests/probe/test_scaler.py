@@ -355,14 +355,40 @@ def test_a_watched_scaler_keeps_its_signatures_and_pickles(log: Log) -> None:
     assert log.names == ["scale"]
 
 
-def test_a_scale_inside_a_compiled_function_passes_through(log: Log) -> None:
-    scaler = GradScaler("cpu", init_scale=4.0)
-    scaler.scale(torch.ones(1))
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: scaler.scale(x * 2), backend="eager")
-    assert compiled(torch.ones(1)).tolist() == [8.0]
-    torch.compiler.reset()
-    assert log.names[0] == "scale"
+def test_a_scale_inside_a_compiled_function_runs_eagerly_as_torch_has_it_and_is_heard(log: Log) -> None:
+    graphs: list[object] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def count() -> int:
+        scaler = GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(1))
+        torch.compiler.reset()
+        graphs.clear()
+        compiled = torch.compile(lambda x: scaler.scale(x * 2) + 1, backend=backend)
+        for _ in range(3):
+            assert compiled(torch.ones(1)).tolist() == [9.0]
+        torch.compiler.reset()
+        return len(graphs)
+
+    watched = count()
+    assert log.names == ["scale"] * 4
+    seen.release(log)
+    assert count() == watched == 2  # torch breaks the graph at its scaler, and no break is added
+    seen.acquire(log)
+
+
+def test_a_scaler_at_work_inside_anothers_step_is_heard(log: Log) -> None:
+    p, q = parameter(), parameter()
+    outer, inner = SGD([p], 0.1), SGD([q], 0.1)
+    first, second = GradScaler("cpu", init_scale=4.0), GradScaler("cpu", init_scale=4.0)
+    backward(first, p)
+    backward(second, q, bad=True)
+    outer.register_step_post_hook(lambda *_: second.step(inner))
+    first.step(outer)
+    assert [(what[2], what[3]) for what in log.heard if what[0] == "after"] == [(inner, True), (outer, False)]
 
 
 def test_a_fused_step_reads_no_value(log: Log) -> None:

@@ -32,6 +32,7 @@ class Log:
 
     def _hear(self, event: Any) -> None:
         self.heard.append(event)
+        assert not torch.is_grad_enabled()
         if self.fails is not None:
             raise self.fails
 

@@ -97,6 +97,20 @@ def test_nothing_waits_for_the_device(dtypes: tuple[torch.dtype, ...], log: Log)
     assert len(log.norms) == len(log.clips) == 2
 
 
+def test_a_total_on_another_device_takes_torchs_way(log: Log) -> None:
+    def refusal() -> tuple[type[Exception], str]:
+        (p,) = parameters(torch.float32)
+        with pytest.raises((RuntimeError, NotImplementedError)) as refused:
+            clip_grads_with_norm_([p], 1.0, torch.ones((), device="meta"))
+        return type(refused.value), str(refused.value)
+
+    watched = refusal()
+    seam.release(log)
+    assert watched == refusal()
+    seam.acquire(log)
+    assert log.clips == []
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32)])
 def test_a_dispatch_mode_sees_no_operator_that_it_would_not_see_without_us(dtypes: tuple[torch.dtype, ...]) -> None:
     def operators() -> list[str]:

@@ -274,6 +274,21 @@ def test_a_single_tensor_is_a_list_of_one() -> None:
     assert seen.clips[0].parameters[0] is watched
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 3e-6])
+def test_the_small_number_that_keeps_the_division_finite_is_torchs(size: float) -> None:
+    bare, watched = plain(), plain()
+    for p in [*bare, *watched]:
+        p.grad *= size  # type: ignore[operator]
+    clip_grad_norm_(bare, 1e-7)
+    observed(lambda: clip_grad_norm_(watched, 1e-7))
+    assert [bits(p.grad) for p in watched] == [bits(p.grad) for p in bare]  # type: ignore[arg-type]
+    zero = plain()
+    for p in zero:
+        p.grad *= 0.0  # type: ignore[operator]
+    assert observed(lambda: clip_grad_norm_(zero, 1.0))[0] == 0.0
+    assert all(not p.grad.any() for p in zero)  # type: ignore[union-attr]
+
+
 def test_one_gradient_given_twice_has_its_norm_twice() -> None:
     a, b = plain(2)
     b.grad = b.grad.bfloat16().float()  # type: ignore[union-attr]

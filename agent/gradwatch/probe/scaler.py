@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Final, Protocol
 
-import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
@@ -178,7 +177,7 @@ _calls = _Calls()
 
 
 def _is_observed(scaler: GradScaler, method: str) -> bool:
-    if torch.compiler.is_compiling() or not _listeners.now or not scaler._enabled:
+    if not _listeners.now or not scaler._enabled:
         return False
     return not any(s is scaler and m == method for s, m in _calls.running)
 
@@ -250,6 +249,8 @@ def _replace(cls: type[GradScaler]) -> None:
         original = cls.__dict__.get(name)
         if callable(original):
             wrapper = wrap(original)
+            # A compiler breaks its graph at torch's scaler and runs it eagerly; so it does with what stands for it.
+            wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
             setattr(cls, name, wrapper)
             _replaced.append((cls, name, original, wrapper))
 
