@@ -75,6 +75,8 @@ class Validation:
     metrics: Mapping[str, float]
     #: metric -> relative gap, positive when validation is worse.
     gaps: Mapping[str, float] = field(default_factory=dict)
+    #: metric -> training value that the gap was taken to.
+    training: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class Sink(Protocol):
         summary: Mapping[str, Any],
         last_steps: Mapping[str, Sequence[float]],
     ) -> None:
-        """The end, after every window: ``summary`` becomes ``summary.json``, ``last_steps`` a table (column -> values)."""
+        """The end, after every window: ``summary`` becomes ``summary.json``, ``last_steps`` a table (column ->
+        values)."""
 
     def pending(self) -> int:
         """Items not yet delivered."""
