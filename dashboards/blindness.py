@@ -113,13 +113,14 @@ def sinks() -> timeseries.Panel:
     return (
         graph(
             "Backlog of the sinks",
-            "Items that agents have still to deliver. Healthy: near 0, or falling after an outage; a backlog at its "
-            "bound drops the oldest.",
+            "Items that agents have still to deliver, in the last hour. Healthy: near 0, or falling after an outage; "
+            "a backlog at its bound drops the oldest.",
             Query(queries.SINK_BACKLOG, "{{sink}}"),
             unit="short",
             minimum=0,
         )
         .interval("5m")
+        .time_from("1h")
         .span(12)
         .height(8)
     )

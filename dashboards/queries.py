@@ -212,16 +212,9 @@ RANK_NORM_SPREAD = (
 
 PROGRESSING = f"sum by (model) (sum_over_time({series('run_state', RUNNING)}[$__range]))"
 HELD = f"sum by (model) (sum_over_time({series('run_state', HOLDING)}[$__range]))"
-KEPT = (
-    f"({increase('steps', by='model')} / ({increase('steps', by='model')} + {increase('replayed_steps', by='model')}))"
-)
-GOODPUT = f"({PROGRESSING} / {HELD}) * {KEPT}"
-GOODPUT_ALL = " / ".join(
-    f"sum(sum_over_time({series('run_state', matcher)}[$__range]))" for matcher in (RUNNING, HOLDING)
-) + (
-    f" * sum(increase({series('steps')}[$__range])) / (sum(increase({series('steps')}[$__range]))"
-    f" + sum(increase({series('replayed_steps')}[$__range])))"
-)
+REPEATED = f"{increase('replayed_steps', by='model')} / {increase('steps', by='model')}"
+GOODPUT = f"({PROGRESSING} / {HELD}) / (1 + {REPEATED})"
+GOODPUT_ALL = GOODPUT.replace("sum by (model) ", "sum ")
 LOST_STEPS = increase("replayed_steps", by="model", window="$__rate_interval")
 
 # -- service levels: bad / total against 1 - target

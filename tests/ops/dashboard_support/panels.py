@@ -35,6 +35,8 @@ class Target:
     instant: bool
     #: Least step that the panel asks for, in seconds.
     interval: float
+    #: The panel's own time range in seconds, where it has one.
+    span: float | None = None
 
     @property
     def id(self) -> str:
@@ -59,8 +61,9 @@ def targets() -> list[Target]:
     for uid, dashboard in load().items():
         for panel in panels(dashboard):
             least = seconds(panel.get("interval", "1m"))
+            span = seconds(panel["timeFrom"]) if "timeFrom" in panel else None
             found += [
-                Target(uid, panel["title"], panel["type"], each["refId"], each["expr"], each["instant"], least)
+                Target(uid, panel["title"], panel["type"], each["refId"], each["expr"], each["instant"], least, span)
                 for each in panel["targets"]
             ]
         found += [
@@ -87,6 +90,7 @@ def substituted(expression: str, values: Mapping[str, str]) -> str:
 
 def request(target: Target, start: float, end: float, scrape: float, **chosen: str) -> tuple[str, dict[str, str]]:
     """Path and parameters of the request to Prometheus that Grafana would send for this target."""
+    start = end - target.span if target.span else start
     least = max((end - start) / POINTS, target.interval if target.interval > 60 else 15.0)
     step = next(step for step in STEPS if step >= least)
     own = {
