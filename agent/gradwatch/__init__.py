@@ -9,6 +9,7 @@ never does.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in ("Run", "watch"):
-        from gradwatch.probe import run
-
-        return getattr(run, name)
+        return getattr(importlib.import_module("gradwatch.probe.run"), name)
     raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
 
 
