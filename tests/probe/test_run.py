@@ -511,3 +511,23 @@ def test_a_group_added_while_training_is_measured_in_the_global_norm(watch: Watc
     assert events.steps["lr_1"][1] == 0.5
     (added,) = [e for e in events.events if e["kind"] == "group"]
     assert (added["optimizer"], added["group"], added["values"]["lr"]) == ("default", 1, 0.5)
+
+
+def test_what_is_only_known_later_comes_as_metadata(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = watch(model, optimizer)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=5)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[5])
+    for _ in range(5):
+        for _ in range(3):
+            backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    (learned,) = [e["values"] for e in read(run).events if e["kind"] == "metadata"]
+    assert learned["accumulation.observed"] == 3
+    assert learned["scheduler.class"] == "SequentialLR"
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert not hasattr(torch.optim.lr_scheduler.LRScheduler.__init__, "__wrapped__"), "the wrapper outlived the run"

@@ -126,7 +126,7 @@ class _Torch:
         place = {id(t): i for i, t in enumerate(inputs)}
         order = [place[id(t)] for t in tensors]
         if plain and stacked.is_cpu:
-            return stacked[torch.tensor(order)]
+            return stacked.index_select(0, torch.tensor(order))
         # Stacked anew: an index would have to be copied to the device, which waits for it.
         return _stack([pieces[i] if plain else getattr(pieces[i], "_local_tensor", pieces[i]) for i in order])
 

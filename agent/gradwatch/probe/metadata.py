@@ -208,7 +208,14 @@ def _scheduler(given: Any, optimizers: Mapping[str, Optimizer | Sequence[Optimiz
     if given is None:
         given = _schedulers_of([part for parts in optimizers.values() for part in members(parts)])
     items = list(given) if isinstance(given, Sequence) else [given]
-    described = [_describe_scheduler(item, 0) for item in items[:_SCHEDULERS]]
+    return describe_schedulers(items)
+
+
+def describe_schedulers(schedulers: Sequence[Any]) -> Any:
+    """Class and settings of a scheduler, of several a list; None of none. A part of another is told within it."""
+    inner = {id(part) for outer in schedulers for part in getattr(outer, "_schedulers", ())}
+    outermost = [scheduler for scheduler in schedulers if id(scheduler) not in inner]
+    described = [_describe_scheduler(item, 0) for item in outermost[:_SCHEDULERS]]
     return (described[0] if len(described) == 1 else described) or None
 
 

@@ -54,7 +54,9 @@ class OptimizerProbe:
         self._sample_first = 0
         self._sampling_off = False
         self._stepped: set[int] = set()
-        self._in_closure = False
+        #: Steps taken since the run began here, and backward passes before the last one.
+        self._count = 0
+        self._backwards = 0
         self._started = False
         self._group_count = -1
         self._handles: list[Any] = []
@@ -293,6 +295,9 @@ class OptimizerProbe:
             session.write_sample(self, sample, found_inf)
         session.contracts.after_step(self)
         self.step += 1
+        if is_sampled(self._count) and self.index == 0:
+            session.learned(self._backwards)
+        self._count += 1
 
     def skipped(self) -> None:
         """A GradScaler decided to skip this attempted step: a row, but no step."""
@@ -305,6 +310,7 @@ class OptimizerProbe:
     def _write(self, flags: int, found_inf: Tensor | None) -> None:
         session = self.session
         attempted, train = self.attempted, session.train
+        self._backwards = attempted.backwards
         if attempted.backwards == 0 and is_sampled(self.step):
             session.backward.unseen(self)
         clips = attempted.clips

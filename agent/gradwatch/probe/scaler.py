@@ -249,8 +249,6 @@ def _replace(cls: type[GradScaler]) -> None:
         original = cls.__dict__.get(name)
         if callable(original):
             wrapper = wrap(original)
-            # A compiler breaks its graph at torch's scaler and runs it eagerly; so it does with what stands for it.
-            wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
             setattr(cls, name, wrapper)
             _replaced.append((cls, name, original, wrapper))
 

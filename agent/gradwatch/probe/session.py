@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from gradwatch.journal import JournalWriter
 from gradwatch.probe import columns as col
+from gradwatch.probe import metadata
 from gradwatch.probe import scaler as scalers
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.backward import BackwardWatch
@@ -64,6 +66,8 @@ class Session:
         self._scaled = False
         self._wide: tuple[object, list[Tensor]] | None = None
         self._value_clip: list[Tensor] = []
+        self._new_schedulers: list[LRScheduler] = []
+        self._accumulation = 0
 
     # -- life
 
@@ -77,7 +81,7 @@ class Session:
             probe.detach()
         self.backward.detach()
 
-    def probe_of(self, optimizer: Optimizer) -> OptimizerProbe | None:
+    def probe_of(self, optimizer: Optimizer | None) -> OptimizerProbe | None:
         for probe in self.probes:
             if any(member is optimizer for member in probe.optimizers):
                 return probe
@@ -177,6 +181,26 @@ class Session:
             return None
         scaled = any(scalers.is_unscaled(scaler, optimizer) is False for optimizer in probe.optimizers)
         return self.loss_scale() if scaled else None
+
+    # -- schedulers
+
+    def on_scheduler(self, scheduler: LRScheduler) -> None:
+        """A scheduler was made after the run began: described at the next sampled step, when it is whole."""
+        if not any(known is scheduler for known in self._new_schedulers):
+            self._new_schedulers.append(scheduler)
+
+    def learned(self, backwards: int) -> None:
+        """Write what could not be known before the first step."""
+        values: dict[str, Any] = {}
+        if backwards not in (0, self._accumulation):
+            self._accumulation = backwards
+            values["accumulation.observed"] = backwards
+        mine = [s for s in self._new_schedulers if self.probe_of(getattr(s, "optimizer", None)) is not None]
+        if mine:
+            values |= metadata.flatten({"scheduler": metadata.describe_schedulers(mine)})
+        self._new_schedulers = []
+        if values:
+            self.event("metadata", values=values)
 
     # -- events
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from gradwatch import __version__
-from gradwatch.journal import JournalWriter, attempt_directory
+from gradwatch.journal import JournalWriter, attempt_directory, layout
 from gradwatch.journal.manifest import Manifest, Optimizer
 from gradwatch.journal.writer import DEFAULT_CAPACITY
-from gradwatch.probe import ends, identity, launch, metadata, scaler, seam, tensors
+from gradwatch.probe import ends, identity, launch, metadata, scaler, schedulers, seam, tensors
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import StepColumns
@@ -104,9 +104,10 @@ def begin(settings: Settings, aside: Aside) -> Run:
         session.attach()
         seam.acquire(session)
         scaler.acquire(session)
+        schedulers.acquire(session)
         setup.check_decay(session.contracts.report, facts["optimizers"], table)
         setup.check_coverage(session.contracts.report, _not_optimized(settings))
-        run._ends = ends.watch_process_end(run._ended)
+        run._ends = ends.watch_process_end(run._ended, writer.directory / layout.SIGTERM)
     except BaseException:
         _let_go(run, session)
         writer.close()
@@ -137,6 +138,7 @@ def _let_go(run: Run, session: Session) -> None:
     session.detach()
     seam.release(session)
     scaler.release(session)
+    schedulers.release(session)
     if run._ends is not None:
         run._ends.close()
 
