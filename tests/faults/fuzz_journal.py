@@ -229,7 +229,7 @@ def try_one(template: Path, work: Path, seed: int) -> str:
     for _ in range(chance.choice((1, 1, 2, 3))):
         try:
             chance.choice(DAMAGES)(directory, chance)
-        except (OSError, ValueError, struct.error, KeyError, IndexError, TypeError):
+        except (OSError, ValueError, ArithmeticError, struct.error, LookupError, TypeError):
             continue  # a second damage found no file, or no journal, to damage
     began = time.monotonic()
     outcome = "read"

@@ -155,6 +155,16 @@ def test_a_poll_takes_a_bounded_part_and_says_that_there_is_more(tmp_path: Path,
     assert got == list(range(100))
 
 
+def test_a_backlog_larger_than_a_poll_is_read_in_order_over_a_rotation(tmp_path: Path, tail: EventTail) -> None:
+    log = EventLog(os.open(tmp_path, os.O_RDONLY), 5 * MAX_EVENT_BYTES, 0o600)
+    for number in range(100):
+        log.write({"kind": "note", "n": number, "text": "x" * 40_000})
+    assert (tmp_path / "events.jsonl.1").stat().st_size > 2 * MAX_EVENT_BYTES
+    polls = [tail.read() for _ in range(8)]
+    assert [n for events, _ in polls for n in numbers(events)] == list(range(100))
+    assert sum(missed for _, missed in polls) == 0
+
+
 @pytest.mark.parametrize(
     "line",
     [b"", b"{}", b"[]", b"nonsense", b'{"kind":1}', b"\xff\xfe", b'{"kind":' + b"[" * 10_000, b'{"kind":"x"'],
