@@ -29,13 +29,13 @@ def test_the_same_seed_gives_the_same_customers() -> None:
 def test_events_lie_within_the_180_days_and_in_order() -> None:
     customers = make_customers(200, 0)
     for history in customers.events:
-        left = history[:, 1] * DAYS
+        left = (history[:, 1] + 0.5) * DAYS
         assert (np.diff(left) <= 1e-4).all()
-        assert left.max() <= DAYS
-        assert left.min() >= 0
-        # The gaps are those of the days: log1p(gap) / 3, the first from day 0.
+        assert left.max() <= DAYS + 1e-4
+        assert left.min() >= -1e-4
+        # The gaps are those of the days: log1p(gap) / 3 - 0.2, the first from day 0.
         days = np.concatenate([[0.0], DAYS - left])
-        assert np.allclose(history[:, 0], np.log1p(np.clip(np.diff(days), 0, None)) / 3.0, atol=1e-4)
+        assert np.allclose(history[:, 0], np.log1p(np.clip(np.diff(days), 0, None)) / 3.0 - 0.2, atol=1e-4)
         assert (history[:, 3:].sum(1) == 1).all()
 
 

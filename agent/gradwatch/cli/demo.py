@@ -128,7 +128,8 @@ class Demo:
         deadline = time.monotonic() + START_SECONDS
         while not (self._journal / "manifest.json").exists():
             if not training.running or time.monotonic() > deadline:
-                raise CommandError(f"the training did not start:\n{training.last_words()}")
+                self.console.print(f"the training did not start; its log ends with:\n{training.last_words()}")
+                raise typer.Exit(1)
             time.sleep(GLANCE / 5)
 
     def _watch(self, training: Process, agent: Process) -> Numbers:
@@ -174,13 +175,14 @@ class Demo:
 
     def _tell(self, numbers: Numbers) -> None:
         from gradwatch.cli.findings import print_findings, read_findings
+        from gradwatch.cli.locate import find
         from gradwatch.demo.train import corrupt_steps
         from gradwatch.demo.view import line
 
         planted = ", ".join(str(step) for step in corrupt_steps(self.steps))
         self.console.print(f"\n[bold]{numbers.state}[/]  {line(numbers, self.steps)}")
         self.console.print(f"Corrupt batches were planted at steps {planted}.\n")
-        print_findings(read_findings(self._journal), self.console)
+        print_findings(read_findings(find(str(self._journal))), self.console)
         here = {"journals": _shown(self.journals), "store": _shown_store(self.home)}
         self.console.print("\n[bold]Look further[/]")
         for what, how in (

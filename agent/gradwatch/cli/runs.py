@@ -156,14 +156,14 @@ def _last(values: Sequence[float]) -> float | None:
 
 
 def table(lines: Sequence[Line], now: float | None = None) -> Table:
-    """The lines as a table for people."""
+    """The lines as a table for people; ``age`` is that of the last step."""
     from rich.table import Table
     from rich.text import Text
 
     now = time.time() if now is None else now
     shown = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("run", "model", "state", "steps", "loss", "norm", "clip rate", "last step"):
-        right = title in ("steps", "loss", "norm", "clip rate")
+    for title in ("run", "model", "state", "steps", "loss", "norm", "clip rate", "age"):
+        right = title in ("steps", "loss", "norm", "clip rate", "age")
         shown.add_column(title, justify="right" if right else "left", no_wrap=True)
     for line in lines:
         shown.add_row(
@@ -174,7 +174,7 @@ def table(lines: Sequence[Line], now: float | None = None) -> Table:
             _number(line.loss),
             _number(line.grad_norm),
             "–" if line.clip_rate is None else f"{100 * line.clip_rate:.1f} %",
-            "–" if line.last_step_time is None else f"{_age(now - line.last_step_time)} ago",
+            "–" if line.last_step_time is None else _age(now - line.last_step_time),
         )
     return shown
 

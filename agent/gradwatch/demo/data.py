@@ -20,7 +20,8 @@ DAYS: Final = 180
 #: What a customer does: visit, purchase, return, support, share.
 EVENT_TYPES: Final = 5
 SUPPORT: Final = 3
-#: Features of an event: log of days since the event before, days left, log amount, and its type (one-hot).
+#: Features of an event: log of days since the event before, share of the 180 days left, log amount (each scaled
+#: to about ±0.5 around 0, which keeps gradients even), and its type (one-hot).
 FEATURES: Final = 3 + EVENT_TYPES
 MOST_EVENTS: Final = 400
 _AMOUNT: Final = 2
@@ -55,10 +56,10 @@ class Batch:
     left: Tensor
 
     def corrupted(self) -> Batch:
-        """The batch as a broken import job would deliver it: amounts in cents where they were in euros,
-        taken before the logarithm, and each label on its neighbour's row."""
+        """The batch as a broken import job would deliver it: amounts in another currency and before their
+        logarithm, and each label on its neighbour's row."""
         events = self.events.clone()
-        events[..., _AMOUNT] = 10.0 * torch.expm1(8.0 * events[..., _AMOUNT])
+        events[..., _AMOUNT] = 30.0 * torch.expm1(8.0 * events[..., _AMOUNT])
         return Batch(events, self.lengths, self.left.roll(1))
 
 
@@ -81,8 +82,8 @@ def _history(rng: np.random.Generator, count: int, leaving: bool) -> F32:
     kinds = rng.choice(EVENT_TYPES, size=count, p=weights / weights.sum())
     amounts = np.where(kinds == 1, rng.lognormal(3.0, 0.8, size=count), 0.0)
     history = np.zeros((count, FEATURES), np.float32)
-    history[:, 0] = np.log1p(np.diff(days, prepend=0.0)) / 3.0
-    history[:, 1] = (DAYS - days) / DAYS
+    history[:, 0] = np.log1p(np.diff(days, prepend=0.0)) / 3.0 - 0.2
+    history[:, 1] = (DAYS - days) / DAYS - 0.5
     history[:, _AMOUNT] = np.log1p(amounts) / 8.0
     history[np.arange(count), 3 + kinds] = 1.0
     return history

@@ -36,7 +36,9 @@ def train(steps: int, seed: int = 0) -> None:
     training, held_out = make_customers(CUSTOMERS, seed).split(CUSTOMERS * 5 // 6)
     validation = collate(held_out, np.arange(len(held_out)))
     model = ChurnLSTM()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    weights = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    biases = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([weights, biases], lr=LEARNING_RATE)
     criterion = torch.nn.BCEWithLogitsLoss()
     corrupt = set(corrupt_steps(steps))
     config = {"batch_size": BATCH_SIZE, "customers": CUSTOMERS, "seed": seed, "steps": steps}
