@@ -20,7 +20,7 @@ from typing import Any, Final
 from gradwatch.collect.model import Finding, LayerTable, RunEnd, RunFacts, Validation, Window
 from gradwatch.sinks.mlflow import entities, outbox, tables
 from gradwatch.sinks.mlflow.complaints import Complaints
-from gradwatch.sinks.mlflow.courier import LAYERS, Courier, Pauses
+from gradwatch.sinks.mlflow.courier import Courier, Pauses
 from gradwatch.sinks.mlflow.outbox import Outbox, PendingEnd, Target
 from gradwatch.sinks.mlflow.tracking import Tracking, scrub
 
@@ -28,10 +28,11 @@ __all__ = ["MlflowSink"]
 
 logger = logging.getLogger("gradwatch.mlflow")
 
+LAYERS: Final = "gradwatch/layers.json"
 FINDINGS: Final = "gradwatch/findings.json"
 HYPERPARAMETERS: Final = "gradwatch/hyperparameters.json"
-#: Seconds between two uploads of an artifact that grows, while the run lives.
-INTERVALS: Final = {LAYERS: 60.0, FINDINGS: 5.0}
+#: Seconds from one version of ``gradwatch/layers.json`` to the next, while the run lives.
+LAYERS_INTERVAL: Final = 60.0
 #: Findings of a run in ``gradwatch/findings.json``: the first half and the newest half.
 MAX_FINDINGS: Final = 1000
 #: Largest artifact.
@@ -146,7 +147,9 @@ class MlflowSink:
             if box.layers is None:
                 box.layers = tables.LayerHistory.parse(box.read_artifact(LAYERS))
             box.layers.add(table)
-            self._artifact(box, LAYERS, None)
+            box.layers_changed = True
+            if self._clock() >= box.layers_written + LAYERS_INTERVAL:
+                self._write_layers(box)
 
     def heartbeat(self, facts: RunFacts, state: str, step: int, time: float) -> None:
         with self._open(facts) as box:
@@ -166,6 +169,7 @@ class MlflowSink:
             if box is None:
                 return
             first = box.target.rank == 0
+            self._write_layers(box)
             whole = tables.document({**summary, "end": asdict(end), "attempt": facts.attempt})
             steps = tables.table(last_steps)
             for folder in entities.end_folders(end, facts.attempt, box.target.rank):
@@ -183,6 +187,9 @@ class MlflowSink:
             box.save()
 
     def close(self, deadline: float) -> None:
+        with self._lock:
+            for box in self._boxes.values():
+                self._write_layers(box)
         self._courier.drain(deadline)
         left = self.pending()
         if left:
@@ -195,6 +202,8 @@ class MlflowSink:
         """A run's outbox under the lock; None where nothing can be delivered."""
         with self._lock:
             if self._courier.off:
+                if self.tracking_uri is not None:
+                    self._complaints.dropped(1, "")
                 yield None
                 return
             box = self._boxes.get(facts.run) or self._new(facts)
@@ -253,19 +262,22 @@ class MlflowSink:
             longest = max(self._boxes.values(), key=lambda other: other.size)
             self._complaints.dropped(longest.thin(), "the backlog is full: every second of the oldest windows went")
 
-    def _artifact(self, box: Outbox, path: str, text: str | None) -> None:
-        """Queue an artifact; one without text is rendered when it is uploaded."""
-        if text is not None:
-            if len(text) > MAX_ARTIFACT:
-                self._complaints.dropped(1, f"artifact {path} is larger than {MAX_ARTIFACT >> 20} MiB")
-                return
-            try:
-                box.write_artifact(path, text)
-            except OSError as error:
-                self._complaints.dropped(1, f"artifact {path} cannot be kept in {self._state}: {scrub(error)}")
-                return
-        interval = 0.0 if self._courier.closing or box.end is not None else INTERVALS.get(path, 0.0)
-        box.artifacts.setdefault(path, max(0.0, box.uploaded.get(path, -interval) + interval))
+    def _write_layers(self, box: Outbox) -> None:
+        if box.layers is not None and box.layers_changed:
+            box.layers_changed, box.layers_written = False, self._clock()
+            self._artifact(box, LAYERS, box.layers.render())
+
+    def _artifact(self, box: Outbox, path: str, text: str) -> None:
+        """Keep an artifact on disk and queue it."""
+        if len(text) > MAX_ARTIFACT:
+            self._complaints.dropped(1, f"artifact {path} is larger than {MAX_ARTIFACT >> 20} MiB")
+            return
+        try:
+            box.write_artifact(path, text)
+        except OSError as error:
+            self._complaints.dropped(1, f"artifact {path} cannot be kept in {self._state}: {scrub(error)}")
+            return
+        box.artifacts.setdefault(path, 0.0)
 
     def _recover(self) -> None:
         """Take up what an agent before this one could not deliver."""
@@ -275,7 +287,8 @@ class MlflowSink:
                 self._boxes[box.target.run] = box
         if self._boxes:
             logger.info("mlflow: %d runs have items that wait from before", len(self._boxes))
-            self._courier.wake()
+            with self._lock:
+                self._courier.wake()
 
     # -- delivering
 

@@ -16,7 +16,6 @@ from gradwatch.sinks.mlflow.delivery import Delivery
 from gradwatch.sinks.mlflow.outbox import Outbox
 from gradwatch.sinks.mlflow.tracking import Kind, Tracking, TrackingError, scrub
 
-LAYERS: Final = "gradwatch/layers.json"
 #: Seconds that artifacts of an ended run are tried after its status was told.
 ARTIFACT_PATIENCE: Final = 60.0
 #: Longest pause after a failure while the sink closes, in seconds.
@@ -108,11 +107,8 @@ class Courier:
             with self.lock:
                 path = min(box.artifacts, key=lambda name: box.artifacts[name])
                 del box.artifacts[path]
-                box.uploading, box.uploaded[path] = path, self._clock()
-                history = box.layers.snapshot() if path == LAYERS and box.layers is not None else None
+                box.uploading = path
             try:
-                if history is not None:
-                    box.write_artifact(path, history.render())
                 self._tracking.upload(str(box.target.run_id), box.artifact_file(path), path.rpartition("/")[0])
             except TrackingError as error:
                 self._upload_failed(box, path, error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import deque
@@ -86,8 +87,7 @@ class Outbox:
     #: Artifacts to upload: path -> monotonic time from which on.
     artifacts: dict[str, float] = field(default_factory=dict)
     artifact_failures: int = 0
-    #: When an artifact was last uploaded (monotonic), and the one under way.
-    uploaded: dict[str, float] = field(default_factory=dict)
+    #: The artifact under way.
     uploading: str | None = None
     #: Why the mirror could not be written, for whoever says it.
     disk_error: str = ""
@@ -96,6 +96,9 @@ class Outbox:
     #: What ``findings.json`` and ``layers.json`` hold; read from the mirror when first needed.
     findings: list[dict[str, Any]] | None = None
     layers: LayerHistory | None = None
+    #: Monotonic time at which the layers were last written to the mirror, and whether there are new ones since.
+    layers_written: float = -math.inf
+    layers_changed: bool = False
     #: Whether the MLflow run was looked up since the target was last changed.
     resolved: bool = False
     failures: int = 0
@@ -125,12 +128,13 @@ class Outbox:
             self.mirror_rows()
 
     def thin(self) -> int:
-        """Drop every second of the older half of the rows; how many fell out."""
+        """Drop every second of the older half of the rows; how many fell out.
+
+        The first stays, so that what is left reaches back as far, the thinner the older.
+        """
         before = list(self.rows)
         middle = (len(before) + 1) // 2
-        self.rows = deque(before[1:middle:2] + before[middle:])
-        if len(before) == 1:
-            self.rows.clear()
+        self.rows = deque(before[:middle:2] + before[middle:] if middle > 1 else before[1:])
         self.size = sum(rows.size for rows in self.rows)
         self.mirror_rows()
         return len(before) - len(self.rows)

@@ -80,12 +80,6 @@ class LayerHistory:
             self._samples = self._samples[::2] if len(self._samples) > 1 else []
             self._samples.append(newest)
 
-    def snapshot(self) -> LayerHistory:
-        """A copy that may be rendered while samples are added to this one."""
-        copy = LayerHistory(self._max_rows)
-        copy._samples = list(self._samples)
-        return copy
-
     def render(self) -> str:
         return _dump(list(LAYER_COLUMNS), [row for sample in self._samples for row in sample])
 
