@@ -21,7 +21,7 @@ from gradwatch.demo.train import corrupt_steps
 from gradwatch.journal import JournalReader, StepRows, find_attempts
 from tests.services import eventually, fetch, free_port
 
-STEPS = 400
+STEPS = 300
 
 
 @dataclass(slots=True)

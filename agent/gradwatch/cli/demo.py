@@ -57,7 +57,7 @@ def command(
 
     from gradwatch.demo.processes import free_port
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     chosen = free_port(port)
     if chosen is None:
         raise CommandError(f"port {port} and the ports above it are taken; choose another with --port")
@@ -96,7 +96,7 @@ class Demo:
         try:
             # An agent with --until-done leaves when all that it knows has ended, and the journals of former
             # demos have: it starts when this run is there to be seen.
-            self.console.print(f"training {self.steps} steps; log: {_shown(training.log)}")
+            self._say(f"training {self.steps} steps; log: {_shown(training.log)}")
             self._await_journal(training)
             agent = Process(
                 "gradwatch",
@@ -109,10 +109,10 @@ class Demo:
             self._require_success(training, agent)
             self._tell(numbers)
             if self.keep_serving:
-                self.console.print(f"\nserving {self.url}/ until Ctrl-C")
+                self._say(f"\nserving {self.url}/ until Ctrl-C")
                 agent.handle.wait()
         except KeyboardInterrupt:
-            self.console.print("\nstopped")
+            self._say("\nstopped")
         finally:
             training.stop()
             if agent is not None:
@@ -128,7 +128,7 @@ class Demo:
         deadline = time.monotonic() + START_SECONDS
         while not (self._journal / "manifest.json").exists():
             if not training.running or time.monotonic() > deadline:
-                self.console.print(f"the training did not start; its log ends with:\n{training.last_words()}")
+                self._say(f"the training did not start; its log ends with:\n{training.last_words()}", "red")
                 raise typer.Exit(1)
             time.sleep(GLANCE / 5)
 
@@ -164,11 +164,11 @@ class Demo:
         """Wait for both processes; end with exit code 1 and their last words where one of them failed."""
         failed = training.wait(DRAIN_SECONDS) != 0
         if failed:
-            self.console.print(f"[bold red]the training failed[/]:\n{training.last_words()}", markup=True)
-        agent_exit = None if self.keep_serving and agent.running else agent.wait(DRAIN_SECONDS)
-        if agent_exit != 0 and not (self.keep_serving and agent.running):
-            how = "did not come to its end" if agent_exit is None else f"left with exit code {agent_exit}"
-            self.console.print(f"[bold red]the agent {how}[/]; its log ends with:\n{agent.last_words()}")
+            self._say(f"the training failed; its log ends with:\n{training.last_words()}", "red")
+        code = agent.wait(0 if self.keep_serving else DRAIN_SECONDS)
+        if code != (None if self.keep_serving else 0):
+            how = "did not come to its end" if code is None else f"left with exit code {code}"
+            self._say(f"the agent {how}; its log ends with:\n{agent.last_words()}", "red")
             failed = True
         if failed:
             raise typer.Exit(1)
@@ -180,19 +180,26 @@ class Demo:
         from gradwatch.demo.view import line
 
         planted = ", ".join(str(step) for step in corrupt_steps(self.steps))
-        self.console.print(f"\n[bold]{numbers.state}[/]  {line(numbers, self.steps)}")
-        self.console.print(f"Corrupt batches were planted at steps {planted}.\n")
+        self._say(f"\n{numbers.state}  {line(numbers, self.steps)}", "bold")
+        self._say(f"Corrupt batches were planted at steps {planted}.\n")
         print_findings(read_findings(find(str(self._journal))), self.console)
-        here = {"journals": _shown(self.journals), "store": _shown_store(self.home)}
-        self.console.print("\n[bold]Look further[/]")
+        gradwatch, journals = _program("gradwatch"), _shown(self.journals)
+        self._say("Look further", "bold")
         for what, how in (
-            ("MLflow's pages", f"{_program('mlflow')} ui --backend-store-uri {here['store']}"),
-            ("the status page", f"{_program('gradwatch')} agent --dir {here['journals']}"),
-            ("what ran", f"{_program('gradwatch')} runs {here['journals']}"),
-            ("what was found", f"{_program('gradwatch')} findings {_shown(self._journal)}"),
-            ("what it means", f"{_program('gradwatch')} explain gradient-spike"),
+            (
+                "MLflow's pages",
+                f"{_program('mlflow')} ui --backend-store-uri sqlite:///{_shown(self.home / 'mlflow.db')}",
+            ),
+            ("the status page", f"{gradwatch} agent --dir {journals}"),
+            ("what ran", f"{gradwatch} runs {journals}"),
+            ("what was found", f"{gradwatch} findings {journals}/{self.run}"),
+            ("what it means", f"{gradwatch} explain gradient-spike"),
         ):
-            self.console.print(f"  {what:<16} {how}", markup=False)
+            self._say(f"  {what:<16} {how}")
+
+    def _say(self, text: str, style: str = "") -> None:
+        """Print a text as it is: neither markup nor line breaks of the terminal's making."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 class Display:
@@ -228,16 +235,12 @@ class Display:
             tenth = int(10 * numbers.steps / self._steps)
             if tenth > self._tenth:
                 self._tenth = tenth
-                self._console.print(view.line(numbers, self._steps))
+                self._console.print(view.line(numbers, self._steps), soft_wrap=True)
 
 
 def _shown(path: Path) -> str:
     """A path as one would type it here."""
     return os.path.relpath(path)
-
-
-def _shown_store(home: Path) -> str:
-    return f"sqlite:///{os.path.relpath(home / 'mlflow.db')}"
 
 
 def _program(name: str) -> str:

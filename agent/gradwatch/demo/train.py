@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,10 @@ def train(steps: int, seed: int = 0) -> None:
     training, held_out = make_customers(CUSTOMERS, seed).split(CUSTOMERS * 5 // 6)
     validation = collate(held_out, np.arange(len(held_out)))
     model = ChurnLSTM()
-    weights = {"params": [p for p in model.parameters() if p.ndim > 1]}
-    biases = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([weights, biases], lr=LEARNING_RATE)
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
     criterion = torch.nn.BCEWithLogitsLoss()
     corrupt = set(corrupt_steps(steps))
     config = {"batch_size": BATCH_SIZE, "customers": CUSTOMERS, "seed": seed, "steps": steps}
