@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -64,6 +64,10 @@ class JournalBuilder:
         clock: where rows get their time; each step moves it by ``seconds_a_step``.
         capacity: bytes of the attempt.
     """
+
+    #: Directories that are being written: a record lock is not seen by the process that holds it, so a test
+    #: that reads in the writer's process asks here.
+    open_directories: ClassVar[set[Path]] = set()
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class JournalBuilder:
         )
         self.directory = attempt_directory(root, run, rank, attempt)
         self.writer = JournalWriter(self.directory, self.manifest, capacity)
+        JournalBuilder.open_directories.add(self.directory)
         self._next = [first_step] * len(named)
         self._last = -1
         self._device: list[float] = []
@@ -232,6 +237,7 @@ class JournalBuilder:
 
     def vanish(self) -> None:
         """Let go without a word, as a process that was killed does."""
+        JournalBuilder.open_directories.discard(self.directory)
         self.writer.close()
 
     def __enter__(self) -> Self:

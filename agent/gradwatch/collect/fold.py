@@ -111,12 +111,9 @@ class RunFold:
         self.layers.add_gradients(tensors)
         told.tables = self.layers.add_samples(samples, self.facts.attempt)
         told.windows = self._finish(progress.final)
-        if len(progress.final):
-            self._final_row = int(progress.final.sequence[-1])
         for event in events:
             self._event(event, told)
-        while self._waiting and self._row(self._waiting[0]) <= self._final_row:
-            self._validate(self._waiting.pop(0), told)
+        self._validate_up_to(progress.final, told)
         return told
 
     def end_attempt(self) -> Told:
@@ -157,8 +154,6 @@ class RunFold:
         windows = []
         for name, own in self._by_optimizer(rows):
             windows += self.optimizers[name].finish(own, self._sampled(name))
-        loss = rows["loss"][np.isfinite(rows["loss"])]
-        self.validations.add_losses(float(loss.sum()), len(loss))
         self._draw(rows)
         return windows
 
@@ -194,8 +189,7 @@ class RunFold:
         assert self.facts is not None
         kind = event["kind"]
         if kind == "validation":
-            # Where the loop logged a training value beside it, that one counts and nothing needs to be waited for.
-            if self._waiting or not event.get("train"):
+            if self._waiting or self.validations.needs_losses(event):
                 self._waiting = [*self._waiting, event][-MAX_WAITING:]
             else:
                 self._validate(event, told)
@@ -208,6 +202,21 @@ class RunFold:
             told.facts_changed |= self._mlflow(event)
         elif kind == "slo":
             self._slo(event)
+
+    def _validate_up_to(self, rows: Rows, told: Told) -> None:
+        """Bring losses and validations into the order in which they were: each compares with the losses before it."""
+        known = np.isfinite(rows["loss"]) & rows.plausible
+        sequence, loss = rows.sequence[known], rows["loss"][known]
+        if len(rows):
+            self._final_row = int(rows.sequence[-1])
+        at = 0
+        while self._waiting and self._row(self._waiting[0]) <= self._final_row:
+            event = self._waiting.pop(0)
+            until = int(np.searchsorted(sequence, self._row(event), side="right"))
+            self.validations.add_losses(float(loss[at:until].sum()), max(0, until - at))
+            at = max(at, until)
+            self._validate(event, told)
+        self.validations.add_losses(float(loss[at:].sum()), len(loss) - at)
 
     def _validate(self, event: dict[str, Any], told: Told) -> None:
         assert self.facts is not None

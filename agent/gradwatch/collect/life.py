@@ -63,15 +63,12 @@ class Motion:
 
     def __init__(self, monotonic: Callable[[], float], wall: Callable[[], float]) -> None:
         self._monotonic, self._wall = monotonic, wall
-        self._moved = monotonic()
-
-    def moved(self) -> None:
-        """A step, an event or a new attempt has come just now."""
-        self._moved = self._monotonic()
+        self._moved = -1e18
 
     def moved_at(self, time: float) -> None:
-        """The last step known is of wall time ``time``: for an agent that comes later than the run."""
-        self._moved = self._monotonic() - max(0.0, self._wall() - time)
+        """A step, an event or a new attempt of wall time ``time`` was read just now."""
+        age = self._wall() - time
+        self._moved = max(self._moved, self._monotonic() - max(0.0, age)) if age == age else self._moved
 
     def state(self, stepped: bool, pace: Pace) -> str:
         """``starting``, ``running`` or ``stalled``."""

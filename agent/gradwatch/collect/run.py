@@ -139,13 +139,15 @@ class RunTail:
     # -- reading
 
     def poll(self) -> list[Observation]:
-        """Read every rank once. Rank 0 comes last, so that what the others tell of a row is there."""
+        """Read every rank once, rank 0 first: it says who the run is, and nothing of the others is read before."""
         self.more = False
         seen = []
-        for rank in sorted(self.ranks, reverse=True):
+        for rank in sorted(self.ranks):
             polled = self.ranks[rank].poll()
             if polled is not None:
                 seen.append(self._observe(rank, polled))
+            elif rank == 0 and self.fold.facts is None and not self.ranks[0].trouble:
+                break
         return seen
 
     def _observe(self, rank: int, polled: Polled) -> Observation:
@@ -167,8 +169,7 @@ class RunTail:
                 told.windows += rest.windows
                 told.validations += rest.validations
         if tail is self.lead:
-            if len(progress.counted) or polled.events or polled.begun is not None:
-                self._motion.moved()
+            self._note_motion(rank, polled)
             if polled.closed:
                 self._close(tail)
         return Observation(
@@ -182,6 +183,16 @@ class RunTail:
             begun=polled.begun is not None,
             closed=polled.closed,
         )
+
+    def _note_motion(self, rank: int, polled: Polled) -> None:
+        """When the run last gave a sign of life: what is read late must not look as if it were new."""
+        times = [event["time"] for event in polled.events if isinstance(event.get("time"), int | float)]
+        if polled.begun is not None:
+            times.append(polled.begun.start_time)
+        if len(polled.progress.counted):
+            times.append(self.views[rank].last_time or 0.0)
+        if times:
+            self._motion.moved_at(max(times))
 
     def _begin(self, rank: int, attempt: int, manifest: Manifest) -> None:
         tail = self.ranks[rank]

@@ -98,7 +98,12 @@ class RankTail:
             return None
         # Asked before reading: what a writer wrote before it was gone is then in what is read.
         self.alive = self.reader.alive()
-        read = self.reader.poll(ROWS_A_POLL)
+        try:
+            read = self.reader.poll(ROWS_A_POLL)
+        except JournalError as error:
+            # Its files are gone or broken under it: what was read stands, and no more will come.
+            self.trouble = str(error)
+            return self._lost()
         self.missed += read.missed
         for event in read.events:
             if event["kind"] == "end":
@@ -112,6 +117,18 @@ class RankTail:
         return Polled(
             self.attempt, progress, read.tensors, read.samples, read.events, read.more, begun=begun, closed=closed
         )
+
+    def _lost(self) -> Polled:
+        assert self.reader is not None
+        assert self.manifest is not None
+        none = np.empty(0, np.int64)
+        columns = self.reader.columns
+        nothing = Rows(columns, none, none, np.empty(0), np.empty((0, len(columns))), self.sharded)
+        progress = self.line.feed(nothing, nothing, closed=True)
+        self._close()
+        width = max((section.offset + section.size for section in self.manifest.sections), default=0)
+        tensors, samples = _no_rows(len(self.manifest.tensors)), _no_rows(width)
+        return Polled(self.attempt, progress, tensors, samples, [], more=False, closed=True)
 
     def _is_over(self) -> bool:
         """Nothing came: whether nothing can come any more."""
@@ -217,6 +234,11 @@ class RankTail:
         self._cursor = state["cursor"]
         self.end = None if state["end"] is None else RunEnd(**state["end"])
         self.broken = {int(row): list(names) for row, names in state["broken"].items()}
+
+
+def _no_rows(width: int) -> PayloadRows:
+    none = np.empty(0, np.uint64)
+    return PayloadRows(none, none, none.astype(np.int64), np.empty(0), np.empty((0, width), np.float32))
 
 
 def _not_yet(_row: int) -> None:

@@ -77,6 +77,14 @@ class Validations:
         self._loss_sum += total
         self._loss_count += count
 
+    def needs_losses(self, event: Mapping[str, Any]) -> bool:
+        """Whether this validation is compared with losses of the rows, which must all be known then: the loop logged
+        none beside it, and no other slice was validated at the same row."""
+        beside, metrics = event.get("train"), event.get("metrics")
+        told = isinstance(beside, dict) and "loss" in beside
+        validated = isinstance(metrics, dict) and "loss" in metrics
+        return validated and not told and event.get("row") != self._training_row
+
     def add(self, event: Mapping[str, Any], attempt: int, budgets: Mapping[str, Any]) -> Validation | None:
         """Take in a validation event; None where it holds no number."""
         metrics = _numbers(event.get("metrics"))

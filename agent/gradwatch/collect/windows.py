@@ -21,6 +21,8 @@ from gradwatch.collect.rows import F64, Rows
 SHORTEST: Final = 10
 SHORTEST_SECONDS: Final = 1.0
 PARTS_OF_AGE: Final = 1_000
+#: A window that is short of its time by so little is long enough: clocks jitter.
+_NEARLY: Final = 0.99
 #: Parameter groups that a window tells the rates of.
 MAX_GROUPS: Final = 64
 
@@ -137,7 +139,7 @@ class Windows:
             seconds = max(time - self._first_time, 0.0) / max(self._taken, 1)
             enough = max(SHORTEST_SECONDS, (time - self._run_start) / PARTS_OF_AGE)
             if seconds > 0 and self._taken >= SHORTEST:
-                self._length = max(self._length, nice_at_least(enough / seconds))
+                self._length = max(self._length, nice_at_least(_NEARLY * enough / seconds))
         return _Open(first_step=step, end=(step // self._length + 1) * self._length, start_time=time)
 
     def _fold(self, window: _Open, rows: Rows, replayed: np.ndarray[Any, np.dtype[np.bool_]]) -> None:

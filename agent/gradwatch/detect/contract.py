@@ -31,7 +31,7 @@ class ContractFindings:
         return [
             self._pass_on(seen, event)
             for event in seen.events
-            if event["kind"] in ("finding", "resolved") and event.get("code") in FINDING
+            if event["kind"] in ("finding", "resolved") and str(event.get("code")) in FINDING
         ]
 
     def _pass_on(self, seen: Observation, event: dict[str, Any]) -> Finding:
