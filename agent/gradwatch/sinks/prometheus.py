@@ -63,7 +63,7 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class _Page:
+class Page:
     """An exposition under way: samples by metric of the catalogue."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class Exposition(Collector):
         return []
 
     def collect(self) -> Iterator[Family]:
-        page = _Page()
+        page = Page()
         with self._lock:
             snapshot = self._snapshot()
             for run, findings in snapshot.runs:
@@ -140,7 +140,7 @@ class Exposition(Collector):
         return encode(self.registry), content_type
 
 
-def _run(page: _Page, tail: RunTail, findings: FindingsView) -> None:
+def _run(page: Page, tail: RunTail, findings: FindingsView) -> None:
     fold = tail.fold
     manifest = tail.lead.manifest if fold.facts is None else fold.facts.manifest
     if manifest is None:
@@ -159,7 +159,7 @@ def _run(page: _Page, tail: RunTail, findings: FindingsView) -> None:
         _rank(page, [*base, str(rank)], view, tail.ranks[rank].missed)
 
 
-def _optimizer(page: _Page, base: list[str], fold: OptimizerFold) -> None:
+def _optimizer(page: Page, base: list[str], fold: OptimizerFold) -> None:
     labels = [*base, label(fold.name)]
     counters = {
         "steps": fold.steps,
@@ -191,7 +191,7 @@ def _optimizer(page: _Page, base: list[str], fold: OptimizerFold) -> None:
             page.put("effective_learning_rate", [*labels, label(group)], _known(rate * coefficient))
 
 
-def _training(page: _Page, base: list[str], fold: RunFold) -> None:
+def _training(page: Page, base: list[str], fold: RunFold) -> None:
     page.put_distribution("step_duration_seconds", base, fold.durations)
     page.put("samples", base, fold.samples if fold.has_samples else None)
     page.put("loss_scale", base, fold.loss_scale)
@@ -200,7 +200,7 @@ def _training(page: _Page, base: list[str], fold: RunFold) -> None:
             page.put("slo_events", [*base, label(name), result], value)
 
 
-def _layers(page: _Page, base: list[str], fold: RunFold) -> None:
+def _layers(page: Page, base: list[str], fold: RunFold) -> None:
     layers = fold.layers
     if layers is None:
         return
@@ -217,7 +217,7 @@ def _layers(page: _Page, base: list[str], fold: RunFold) -> None:
         page.put("update_ratio", [*base, label(optimizer)], _known(ratio))
 
 
-def _hyperparameters(page: _Page, base: list[str], fold: RunFold) -> None:
+def _hyperparameters(page: Page, base: list[str], fold: RunFold) -> None:
     assert fold.facts is not None
     shown: set[tuple[str, str]] = set()
     for name, value in fold.facts.hyperparameters.items():
@@ -238,7 +238,7 @@ def _split_group(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _validations(page: _Page, base: list[str], fold: RunFold) -> None:
+def _validations(page: Page, base: list[str], fold: RunFold) -> None:
     assert fold.facts is not None
     windows = [optimizer.windows for optimizer in fold.optimizers.values() if optimizer.windows is not None]
     losses = [window.mean_loss for window in windows if window.mean_loss is not None]
@@ -262,7 +262,7 @@ def _validations(page: _Page, base: list[str], fold: RunFold) -> None:
     page.put("clip_rate_budget", base, fold.clip_rate_budget)
 
 
-def _findings(page: _Page, base: list[str], findings: FindingsView) -> None:
+def _findings(page: Page, base: list[str], findings: FindingsView) -> None:
     for known in FINDINGS:
         severities = {known.severity} | {s for code, s in findings.counts if code == known.code}
         for severity in sorted(severities):
@@ -273,7 +273,7 @@ def _findings(page: _Page, base: list[str], findings: FindingsView) -> None:
             page.put("violations", [*base, known.code], count)
 
 
-def _state(page: _Page, base: list[str], tail: RunTail) -> None:
+def _state(page: Page, base: list[str], tail: RunTail) -> None:
     fold = tail.fold
     facts = fold.facts
     assert facts is not None
@@ -314,7 +314,7 @@ def run_facts(fold: RunFold) -> list[str]:
     return [label(values[name]) for name in BY_NAME["run"].labels]
 
 
-def _rank(page: _Page, labels: list[str], view: RankView, missed: int) -> None:
+def _rank(page: Page, labels: list[str], view: RankView, missed: int) -> None:
     page.put("rank_step", labels, view.step)
     page.put("rank_grad_norm", labels, view.grad_norm)
     page.put("rank_grad_norm_local", labels, view.grad_norm_local)
