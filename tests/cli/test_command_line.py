@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,13 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return int(ended.value.code or 0), output, errors
 
 
-def test_every_command_has_its_module() -> None:
-    assert COMMANDS <= MODULES
+def test_every_command_has_its_module_and_every_module_of_a_command_its_line() -> None:
+    defining = {name for name in MODULES if re.search(r"^(def command\(|app = )", _source(name), flags=re.MULTILINE)}
+    assert defining == COMMANDS
+
+
+def _source(name: str) -> str:
+    return (Path(cli.__file__).parent / f"{name}.py").read_text()
 
 
 def test_the_front_page_lists_every_command_and_imports_nothing() -> None:

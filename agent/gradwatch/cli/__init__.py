@@ -37,7 +37,6 @@ class Command:
 COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
     "Watch": (
         Command("demo", "train a small LSTM for a minute with everything on", "demo"),
-        Command("run", "run a training command, watch it, and tell how it ended"),
         Command("agent", "tail journals; serve /metrics and a status page; upload to MLflow"),
     ),
     "Look": (
@@ -78,7 +77,7 @@ def front_page() -> str:
     lines += [
         "Examples:",
         "  gradwatch demo                       see everything at work, in a minute",
-        "  gradwatch run -- python train.py     watch a training, learn how it truly ended",
+        "  gradwatch agent --dir /journals      serve what trainings record there",
         "  gradwatch runs /scratch/journals     what is running there, and how it does",
         "",
         "Exit codes: 0 fine, 1 a check failed, 2 wrong usage.",

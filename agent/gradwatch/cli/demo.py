@@ -78,7 +78,7 @@ class Demo:
         self.keep_serving = keep_serving
         self.home = DIRECTORY.absolute()
         self.journals = self.home / "journals"
-        self.run = f"demo-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        self.run = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
         self.store = f"sqlite:///{self.home / 'mlflow.db'}"
 
     def play(self) -> None:

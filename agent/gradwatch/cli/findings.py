@@ -77,7 +77,7 @@ def _of_the_agent(run: Recorded) -> list[Finding]:
     ledger = Ledger()
     try:
         ledger.restore(json.loads(path.read_text())["findings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     return ledger.all
 
