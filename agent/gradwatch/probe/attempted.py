@@ -44,7 +44,7 @@ class Clip:
     logged: bool = False
     #: Whether it covered the parameter whose backward passes are counted: only then its place among them is known.
     watched: bool = False
-    #: On the CPU, of every parameter, below infinity, its total the L2 norm of ``norms``: nothing to work out.
+    #: On the CPU, of every parameter, below infinity, by the L2 norm, its own norms known: little to work out.
     plain: bool = False
 
 

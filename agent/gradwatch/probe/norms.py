@@ -46,6 +46,8 @@ def l2_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     dtypes = {t.dtype for t in plain}
     if len(dtypes) == 1 and not dtypes & LOW_PRECISION:
         return list(torch._foreach_norm(plain, 2.0))
+    if dtypes <= {torch.float32, *LOW_PRECISION}:
+        return list(torch._foreach_norm(plain, 2.0, torch.float32))
     norms: list[Tensor] = []
     for t in plain:
         wide = torch.float32 if t.dtype in LOW_PRECISION else None

@@ -133,7 +133,16 @@ class OptimizerProbe:
         max_norm = event.max_norm
         clip = Clip(columns, whole, norms, total, max_norm, norm_type, total_is_l2, self.attempted.backwards, scale)
         clip.watched = whole or any(p is self.watched for p in parameters)
-        clip.plain = whole and total_is_l2 and scale is None and max_norm < math.inf and on_host(total)
+        clip.plain = (
+            whole
+            and norms is not None
+            and norm_type == 2.0
+            and scale is None
+            and max_norm < math.inf
+            and isinstance(total, Tensor)
+            and on_host(total)
+            and on_host(norms)
+        )
         self._keep_clip(clip)
 
     def log_clip(self, total_norm: Tensor | float, max_norm: float) -> None:

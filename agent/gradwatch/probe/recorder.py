@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, time
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from gradwatch.journal import JournalWriter
 from gradwatch.probe import columns as col
 from gradwatch.probe.attempted import EPSILON, Attempted, Clip, clip_columns, derive
 from gradwatch.probe.lane import Lane, Values, gather, on_host
+
+#: A norm this far from the true one takes the long way, on which the contract looks at it.
+NOTEWORTHY: Final = 0.01
 
 Number = float | int | Tensor | None
 
@@ -76,6 +80,7 @@ class Recorder:
             if not clip.plain:
                 return False
             norms, total = clip.norms, clip.total.item()  # type: ignore[union-attr]
+            l2 = total if clip.total_is_l2 else torch.linalg.vector_norm(norms).item()  # type: ignore[arg-type]
             max_norm = clip.max_norm
             host[5] += col.CLIPPED_BY_NORM
             host[6] = max_norm
@@ -86,11 +91,13 @@ class Recorder:
             norms, factor = measured.norms, math.nan
             if clips or measured.scale is not None or not on_host(norms):
                 return False
-            total = torch.linalg.vector_norm(norms).item()
+            l2 = total = torch.linalg.vector_norm(norms).item()
         payload = self._tensors.payload
         # A norm that is not finite takes the long way, which counts the tensors that it comes from; so do
         # several optimizers and tensors without gradient, whose columns have gaps.
-        if norms.numel() != len(payload) or not total < math.inf:  # type: ignore[union-attr]
+        if norms.numel() != len(payload) or not total < math.inf or not l2 < math.inf:  # type: ignore[union-attr]
+            return False
+        if abs(total - l2) > NOTEWORTHY * l2:
             return False
         if self._held is not None:
             self.flush()
@@ -101,7 +108,7 @@ class Recorder:
         host[4] = self.spent
         self._previous = tick
         self.spent = 0.0
-        self._device = device = [loss, total, total, factor, 0.0, math.nan, math.nan, *self._spare]
+        self._device = device = [loss, total, l2, factor, 0.0, math.nan, math.nan, *self._spare]
         self.sequence = sequence = self._steps.append(step, now, host, device)
         self.step = step
         self._tensors.append(sequence, step, now)
