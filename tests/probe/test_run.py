@@ -531,3 +531,21 @@ def test_what_is_only_known_later_comes_as_metadata(watch: Watch, read: Read) ->
     assert learned["scheduler.class"] == "SequentialLR"
     torch.optim.lr_scheduler.ConstantLR(optimizer)
     assert not hasattr(torch.optim.lr_scheduler.LRScheduler.__init__, "__wrapped__"), "the wrapper outlived the run"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_loss_that_is_nan_is_told_from_one_that_was_not_logged(watch: Watch, read: Read, before: bool) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = watch(model, optimizer)
+    for step in range(3):
+        backward(model)
+        if before and step != 1:
+            run.log_train(loss=torch.tensor(math.nan) if step == 2 else 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not before and step != 1:
+            run.log_train(loss=torch.tensor(math.nan) if step == 2 else 1.0)
+    loss = read(run).steps["loss"]
+    assert np.isnan(loss).tolist() == [False, True, True]
+    assert np.signbit(loss).tolist() == [False, False, True]

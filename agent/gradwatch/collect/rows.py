@@ -106,7 +106,7 @@ class Rows:
     @cached_property
     def taken(self) -> Mask:
         """Rows that are steps; the others a GradScaler skipped."""
-        taken: Mask = (self.flags & SKIPPED) == 0
+        taken: Mask = ((self.flags & SKIPPED) == 0) & ~(self["found_inf"] > 0)
         return taken
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,8 @@ HOST: Final = (
 )
 DEVICE: Final = ("loss", "grad_norm", "grad_norm_l2", "clip_coefficient", "nonfinite", "loss_scale", "found_inf")
 LOSS: Final = 0
+#: A loss that was logged and is NaN, told from one that was not logged by its sign bit.
+LOGGED_NAN: Final = math.copysign(math.nan, -1.0)
 
 #: Bits of the column ``flags``.
 SKIPPED: Final = 1

@@ -17,7 +17,7 @@ from gradwatch.probe import columns as col
 from gradwatch.probe.attempted import Attempted, Clip, Measured
 from gradwatch.probe.lane import on_host
 from gradwatch.probe.norms import LOW_PRECISION, Columns, is_sharded, l2_norms, stack
-from gradwatch.probe.recorder import Row
+from gradwatch.probe.recorder import Row, logged
 from gradwatch.probe.sampling import Sample, is_sampled
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class OptimizerProbe:
             plain
             and session.scaler is None
             and loss.__class__ is not Tensor
-            and session.recorder.write_plain(self.step, host, attempted, math.nan if loss is None else loss)  # type: ignore[arg-type]
+            and session.recorder.write_plain(self.step, host, attempted, logged(loss))  # type: ignore[arg-type]
         ):
             attempted.clear()
             return

@@ -147,9 +147,9 @@ class Recorder:
         elif isinstance(loss, Tensor) and not on_host(loss):
             # A second loss for a row whose values have left already: it follows them, in order.
             sequence = self.sequence
-            self._lane.send(gather([loss]), lambda values: self._complete_loss(sequence, float(values[0])))
+            self._lane.send(gather([loss]), lambda values: self._complete_loss(sequence, logged(float(values[0]))))
         else:
-            self._complete_loss(self.sequence, math.nan if loss is None else float(loss))
+            self._complete_loss(self.sequence, logged(loss))
 
     def _complete_loss(self, sequence: int, loss: float) -> None:
         if sequence == self.sequence and self._device:
@@ -183,7 +183,7 @@ class Recorder:
                 return default
             return float(next(landed)[0]) if isinstance(value, Tensor) else float(value)
 
-        loss = number(row.loss, math.nan)
+        loss = math.nan if row.loss is None else logged(number(row.loss, math.nan))
         loss_scale = number(row.loss_scale, math.nan)
         found_inf = number(row.found_inf, math.nan)
         rates = [number(rate, math.nan) for rate in row.tensor_rates]
@@ -209,6 +209,14 @@ class Recorder:
         self._lane.poll()
         while self._lane.in_flight and perf_counter() < until:
             self._lane.poll()
+
+
+def logged(loss: Number) -> float:
+    """A loss as its column holds it: one that was logged and is NaN has its sign bit set."""
+    if loss is None:
+        return math.nan
+    value = float(loss)
+    return col.LOGGED_NAN if math.isnan(value) else value
 
 
 def _device_values(row: Row) -> list[Tensor]:
