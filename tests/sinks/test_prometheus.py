@@ -14,7 +14,7 @@ from gradwatch.catalog import BY_NAME, FINDINGS, METRICS, RUN_STATES
 from gradwatch.collect.run import RunTail
 from gradwatch.detect.ledger import Ledger
 from gradwatch.journal.manifest import Optimizer, Tensor
-from gradwatch.sinks.prometheus import Exposition, SinkCounts, Snapshot, Page
+from gradwatch.sinks.prometheus import Exposition, Page, SinkCounts, Snapshot
 from gradwatch.testing import FakeClock, JournalBuilder
 from tests.journals import follow, read_on
 from tests.services import program
