@@ -58,6 +58,9 @@ NASTY = [
     "../../etc/passwd",
 ]
 MAX_SECONDS = 5.0
+#: What planted links lead to: good JSON that nobody may show, and nobody may touch.
+DECOY = "../decoy"
+SECRET = b'{"sequence":1,"kind":"secret","time":1.0,"row":1,"step":1}\n'
 
 
 def good(directory: Path) -> None:
@@ -86,12 +89,33 @@ def good(directory: Path) -> None:
 # -- damages: each takes the directory and a source of chance
 
 
-def content(path: Path) -> bytes:
-    """What is to be damaged; a device or gigabytes of zeros, an earlier damage, are left as they are."""
+# Whoever runs this may be root: every damage goes through these three, which touch regular files below the working
+# directory and nothing else. A planted link points at the decoy beside the journal, which must stay as it is.
+
+
+def regular(path: Path) -> Path:
+    """``path`` where it is a regular file of a bearable size; never through a symbolic link."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > 2**23:
         raise OSError(f"{path} is damaged enough")
-    return path.read_bytes()
+    return path
+
+
+def content(path: Path) -> bytes:
+    return regular(path).read_bytes()
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Put ``data`` in the place of what is there, in a new file."""
+    if path.is_dir() and not path.is_symlink():
+        raise OSError(f"{path} is damaged enough")
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(data)
+
+
+def resize(path: Path, size: int) -> None:
+    os.truncate(regular(path), size)
 
 
 def flip_bytes(directory: Path, chance: random.Random) -> None:
@@ -100,28 +124,28 @@ def flip_bytes(directory: Path, chance: random.Random) -> None:
     for _ in range(chance.choice((1, 3, 100))):
         if data:
             data[chance.randrange(len(data))] = chance.randrange(256)
-    path.write_bytes(data)
+    overwrite(path, data)
 
 
 def truncate(directory: Path, chance: random.Random) -> None:
     path = directory / chance.choice(FILES)
-    os.truncate(path, chance.randrange(path.stat().st_size + 1))
+    resize(path, chance.randrange(regular(path).stat().st_size + 1))
 
 
 def lengthen(directory: Path, chance: random.Random) -> None:
     path = directory / chance.choice(FILES)
-    os.truncate(path, path.stat().st_size + chance.choice((1, 4096, 2**20, 2**33)))
+    resize(path, regular(path).stat().st_size + chance.choice((1, 4096, 2**20, 2**33)))
 
 
 def zero(directory: Path, chance: random.Random) -> None:
     path = directory / chance.choice(RINGS)
     data = content(path)
     keep = chance.choice((0, 36, 4096))
-    path.write_bytes(data[:keep] + bytes(len(data) - keep))
+    overwrite(path, data[:keep] + bytes(len(data) - keep))
 
 
 def garbage(directory: Path, chance: random.Random) -> None:
-    (directory / chance.choice(FILES)).write_bytes(chance.randbytes(chance.choice((0, 1, 40, 5000))))
+    overwrite(directory / chance.choice(FILES), chance.randbytes(chance.choice((0, 1, 40, 5000))))
 
 
 def replace_file(directory: Path, chance: random.Random) -> None:
@@ -131,18 +155,18 @@ def replace_file(directory: Path, chance: random.Random) -> None:
     if kind == 0:
         os.mkfifo(path)
     elif kind == 1:
-        path.symlink_to(chance.choice(("/dev/zero", "/etc/passwd", path, "/nowhere")))
+        path.symlink_to(chance.choice((directory / DECOY, path, directory / "nowhere")))
     elif kind == 2:
         path.mkdir()
     elif kind == 3:
-        path.hardlink_to(directory / chance.choice([f for f in FILES if (directory / f).is_file()]))
+        path.hardlink_to(regular(directory / chance.choice(FILES)))
 
 
 def swap_files(directory: Path, chance: random.Random) -> None:
     one, other = chance.sample(FILES, 2)
     data = content(directory / one)
-    (directory / one).write_bytes(content(directory / other))
-    (directory / other).write_bytes(data)
+    overwrite(directory / one, content(directory / other))
+    overwrite(directory / other, data)
 
 
 def forge_header(directory: Path, chance: random.Random) -> None:
@@ -155,7 +179,7 @@ def forge_header(directory: Path, chance: random.Random) -> None:
     if chance.random() < 0.6:
         fields[1] = 32 + fields[2] * fields[4] + 8 + 8 + (fields[3] * fields[4] + 7) // 8 * 8 + 8 & 0xFFFFFFFF
     head = struct.pack("<8sIIIIQ", *fields)
-    with path.open("r+b") as file:
+    with regular(path).open("r+b") as file:
         file.write(head + struct.pack("<I", zlib.crc32(head)))
         if chance.random() < 0.3:
             file.truncate(min(4096 + fields[1] * min(fields[5], 2**40), 2**33))
@@ -177,7 +201,7 @@ def forge_rows(directory: Path, chance: random.Random) -> None:
         second = struct.pack(f"<Q{device}d", sequence, *[value] * device)
         row = first + struct.pack("<II", zlib.crc32(first), 0) + second + struct.pack("<II", zlib.crc32(second), 0)
         data[4096 + at * slot : 4096 + (at + 1) * slot] = row
-    path.write_bytes(data)
+    overwrite(path, data)
 
 
 def forge_manifest(directory: Path, chance: random.Random) -> None:
@@ -192,7 +216,7 @@ def forge_manifest(directory: Path, chance: random.Random) -> None:
         node[key] = chance.choice(NASTY)
     text = json.dumps(document)
     text = chance.choice((text, text, text.replace("0.1", "1e999"), text[:-1] + ',"run":"twice","run":"run"}'))
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    overwrite(path, text.encode("utf-8", "surrogatepass"))
 
 
 def forge_events(directory: Path, chance: random.Random) -> None:
@@ -202,7 +226,7 @@ def forge_events(directory: Path, chance: random.Random) -> None:
         event[chance.choice((*event, "other"))] = chance.choice(NASTY)
         lines.append(json.dumps(event).encode())
     lines.append(chance.choice((b"", b"[" * 100_000, b"\xff" * 10, b'{"kind":"x"', b"x" * 2**21)))
-    (directory / chance.choice(("events.jsonl", "events.jsonl.1"))).write_bytes(b"\n".join(lines) + b"\n")
+    overwrite(directory / chance.choice(("events.jsonl", "events.jsonl.1")), b"\n".join(lines) + b"\n")
 
 
 DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
@@ -226,6 +250,8 @@ def try_one(template: Path, work: Path, seed: int) -> str:
     directory = attempt_directory(work, "run", 0, 0)
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(template, directory)
+    decoy = directory / DECOY
+    decoy.write_bytes(SECRET)
     for _ in range(chance.choice((1, 1, 2, 3))):
         try:
             chance.choice(DAMAGES)(directory, chance)
@@ -244,6 +270,7 @@ def try_one(template: Path, work: Path, seed: int) -> str:
                 assert len(polled.tensors) <= 1000
                 assert polled.missed >= 0
                 assert all(isinstance(event["kind"], str) for event in polled.events)
+                assert all(event["kind"] != "secret" for event in polled.events)
                 if not polled.more:
                     break
             reader.last_steps(100)
@@ -255,6 +282,7 @@ def try_one(template: Path, work: Path, seed: int) -> str:
         outcome = "refused"
         if reader is not None:
             reader.close()
+    assert decoy.read_bytes() == SECRET
     took = time.monotonic() - began
     assert took < MAX_SECONDS, f"took {took:.1f} s"
     return outcome
