@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch import nn
 
+from gradwatch.agent.service import Agent, Settings
+from gradwatch.agent.store import Store
 from gradwatch.collect.combine import GlobalNorms
 from gradwatch.journal import Events, JournalReader, find_attempts
 from gradwatch.journal.manifest import Manifest
 from tests.recipes import distributed_worker as worker
+from tests.services import eventually
 
 STEPS = 5
 
@@ -111,3 +114,46 @@ def test_ranks_that_disagree_write_what_each_used(tmp_path: Path) -> None:
     journals = launch(tmp_path, "local-norm", 2)
     first, second = (journals[rank][1].steps["grad_norm"] for rank in (0, 1))
     np.testing.assert_allclose(second[0], 2 * first[0], rtol=1e-4)
+
+
+def serve(root: Path) -> dict[str, float]:
+    """What an agent that comes behind the job shows of it: series (name and labels) and values."""
+    agent = Agent(Settings(root), Store(root / ".agent"))
+    eventually(lambda: not agent.tick() and agent.runs and all(r.over for r in agent.runs.values()), "the end")
+    text = agent.exposition.render()[0].decode()
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_the_agent_shows_the_global_norm_once_and_each_rank_beside_it(tmp_path: Path) -> None:
+    launch(tmp_path, "hsdp", 4)
+    whole, _ = reference()
+    series = serve(tmp_path / "journals")
+    norms = {name: value for name, value in series.items() if name.startswith("gradwatch_grad_norm{")}
+    assert list(norms.values()) == [pytest.approx(whole[-1], rel=1e-5)]
+    (coefficient,) = (v for n, v in series.items() if n.startswith("gradwatch_clip_coefficient{"))
+    assert coefficient == pytest.approx(min(1.0, 0.5 / (whole[-1] + 1e-6)), rel=1e-5)
+    (clipped,) = (v for n, v in series.items() if n.startswith("gradwatch_clipped_steps_total{"))
+    assert clipped == sum(norm > 0.5 for norm in whole)
+    local = [value for name, value in series.items() if name.startswith("gradwatch_rank_grad_norm_local{")]
+    assert len(local) == 4
+    # Two replicas of two shards: the shards' squares add up to the whole, twice.
+    assert np.sqrt(sum(np.square(local)) / 2) == pytest.approx(whole[-1], rel=1e-5)
+    findings = [n for n, v in series.items() if n.startswith("gradwatch_finding_active{") and v == 1]
+    assert findings == []
+
+
+def test_a_missing_rank_gives_no_norm(tmp_path: Path) -> None:
+    launch(tmp_path, "fsdp2", 2, "first")
+    series = serve(tmp_path / "journals")
+    assert [v for n, v in series.items() if n.startswith("gradwatch_grad_norm{") and not np.isnan(v)] == []
+    (steps,) = (v for n, v in series.items() if n.startswith("gradwatch_steps_total{"))
+    assert steps == STEPS
+
+
+def test_ranks_that_disagree_are_a_finding(tmp_path: Path) -> None:
+    launch(tmp_path, "local-norm", 2)
+    series = serve(tmp_path / "journals")
+    active = [n for n, v in series.items() if n.startswith("gradwatch_finding_active{") and v == 1]
+    assert len(active) == 1
+    assert 'code="norm-differs-between-ranks"' in active[0]

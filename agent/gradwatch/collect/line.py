@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gradwatch.collect.rows import Mask, Rows
+from gradwatch.collect.rows import CLIPPED_IN_PARTS, F64, Mask, Rows
 
 #: A row whose values are missing this many rows later never gets them (the reader looks no longer).
 PATIENCE: Final = 64
@@ -81,8 +81,17 @@ class Line:
         for index in np.flatnonzero(np.isnan(norm)).tolist():
             known = self.global_norm(int(line.sequence[index]))
             norm[index] = np.nan if known is None else known
-        joined = line.with_column("grad_norm", norm)
+        joined = line.with_column("grad_norm", norm).with_column("clip_coefficient", _coefficient(line, norm))
         return joined, joined.measured & ~np.isnan(norm)
+
+
+def _coefficient(line: Rows, norm: F64) -> F64:
+    """Clip coefficients; where no rank could know its own, from the norm of all: min(1, max_norm / (norm + 1e-6))."""
+    own, threshold = line["clip_coefficient"], line["clip_threshold"]
+    whole = (line.flags & CLIPPED_IN_PARTS) == 0
+    with np.errstate(invalid="ignore"):
+        joint = np.minimum(1.0, threshold / (norm + 1e-6))
+    return np.where(np.isnan(own) & whole, joint, own)
 
 
 def _amend(line: Rows, amended: Rows) -> Rows:
