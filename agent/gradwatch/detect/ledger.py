@@ -78,12 +78,13 @@ class Ledger:
 
     @property
     def all(self) -> list[Finding]:
-        """The findings that are kept, ``active`` as they are now."""
+        """The findings that are kept, in the order of their steps, ``active`` as they are now."""
         last = {(finding.code, _subject(finding)): index for index, finding in enumerate(self.findings)}
-        return [
+        told = [
             replace(f, active=last[f.code, _subject(f)] == index and _subject(f) in self._active.get(f.code, {}))
             for index, f in enumerate(self.findings)
         ]
+        return sorted(told, key=lambda f: (f.attempt, f.step, f.time, f.rank, f.code))
 
     def to_state(self) -> dict[str, Any]:
         return {

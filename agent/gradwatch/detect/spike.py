@@ -176,6 +176,7 @@ class _Optimizer:
         assert spike is not None
         step, time = int(rows.step[index]), float(rows.time[index])
         findings = []
+        evidence: dict[str, Any] = {"step": spike.step, "optimizer": int(rows.optimizer[index])}
         after = float(np.median(spike.losses)) if spike.losses else None
         rose = spike.before is not None and after is not None and after > spike.before + LOSS_ROSE * abs(spike.before)
         if spike.clipped and rose:
@@ -183,12 +184,11 @@ class _Optimizer:
                 f"The gradient spike at step {spike.step} was clipped, yet the loss followed: its median over the "
                 f"{AFTERMATH} steps since is {after:.4g}, before it was {spike.before:.4g}."
             )
-            evidence = {"step": spike.step, "loss_before": spike.before, "loss_after": after}
+            told = {"loss_before": spike.before, "loss_after": after}
             findings.append(
-                found(CODE, seen, step=step, time=time, message=message, evidence=evidence, severity="ticket")
+                found(CODE, seen, step=step, time=time, message=message, evidence=evidence | told, severity="ticket")
             )
         message = f"{AFTERMATH} steps have passed since the spike at step {spike.step}."
-        evidence = {"step": spike.step}
         findings.append(found(CODE, seen, step=step, time=time, message=message, evidence=evidence, active=False))
         return findings
 
