@@ -190,6 +190,8 @@ def forge_rows(directory: Path, chance: random.Random) -> None:
     path = directory / "steps.ring"
     data = bytearray(content(path))
     slot, host, device = struct.unpack_from("<III", data, 8)
+    if not 0 < slot <= 4096 or host + device > 500:
+        raise ValueError("an earlier damage left no rows to forge")
     capacity = (len(data) - 4096) // slot
     for _ in range(chance.choice((1, 10, 100))):
         at = chance.randrange(capacity)
