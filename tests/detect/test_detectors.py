@@ -245,7 +245,7 @@ def test_ranks_that_clip_by_different_norms(tmp_path: Path, factor: float, expec
     builders = [JournalBuilder(tmp_path, rank=r, world_size=2) for r in range(2)]
     for i in range(50):
         for rank, builder in enumerate(builders):
-            builder.step(grad_norm=2.0 * (factor if rank and 10 <= i else 1.0), loss=1.0)
+            builder.step(grad_norm=2.0 * (factor if rank and i >= 10 else 1.0), loss=1.0)
     for builder in builders:
         builder.end()
     found = replay(tmp_path)
