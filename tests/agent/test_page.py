@@ -161,8 +161,11 @@ def test_tls(bench: Bench, tmp_path: Path) -> None:
     server.start()
     try:
         context = ssl.create_default_context(cafile=str(cert))
-        with socket.create_connection(("127.0.0.1", server.server_address[1])):  # says nothing, holds nobody up
-            with urllib.request.urlopen(f"https://{server.address}/healthz", context=context, timeout=10) as answer:
-                assert answer.read() == b"ok\n"
+        # Another client says nothing, and holds nobody up.
+        with (
+            socket.create_connection(("127.0.0.1", server.server_address[1])),
+            urllib.request.urlopen(f"https://{server.address}/healthz", context=context, timeout=10) as answer,
+        ):
+            assert answer.read() == b"ok\n"
     finally:
         server.stop()

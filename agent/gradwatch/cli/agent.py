@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 STATE: Final = ".agent"
 #: A bearer token that requests must bring, where no file is named.
 TOKEN: Final = "GRADWATCH_AGENT_TOKEN"
+#: Parameters of glibc's ``mallopt``.
+_M_ARENA_MAX: Final = -8
+_M_MMAP_THRESHOLD: Final = -3
 _LOG_FORMAT: Final = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s"
 
 
@@ -61,9 +64,7 @@ def command(
         gradwatch agent --dir /journals --state /var/lib/gradwatch --listen 0.0.0.0:9460
         gradwatch agent --dir /journals --mlflow http://mlflow:5000 --until-done
     """
-    # numpy's BLAS would keep a pool of threads, and memory for each, for sums of a few numbers.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+    _stay_small()
     if not directory.is_dir():
         raise CommandError(f"{directory} is no directory; make it, or name the one where trainings write")
     host, port = _address(listen)
@@ -98,6 +99,22 @@ def command(
     finally:
         server.stop()
         lock.release()
+
+
+def _stay_small() -> None:
+    """Settings that keep the resident memory flat, before numpy is imported and threads are started."""
+    import ctypes
+
+    # numpy's BLAS would keep a pool of threads, and memory for each, for sums of a few numbers.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    # One arena for all threads (each scrape has one), and blocks of rows given back when they are done with.
+    try:
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_ARENA_MAX, 1)
+        allocator.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+    except (OSError, AttributeError):  # another C library than glibc
+        pass
 
 
 def _address(listen: str) -> tuple[str, int]:

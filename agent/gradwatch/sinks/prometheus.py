@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -33,6 +34,8 @@ from gradwatch.journal.manifest import clean_text
 MAX_LABEL: Final = 120
 #: Series of one run at most, beyond which label sets that a training chose are cut short.
 MAX_HYPERPARAMETERS: Final = 100
+#: Name of a metric -> name of its series, and its labels.
+_SERIES: Final = {metric.name: (metric.exposed, metric.all_labels) for metric in METRICS}
 _LOSSES: Final = ("loss",)
 
 
@@ -74,25 +77,33 @@ class Page:
         """One series. ``labels`` are values in the catalogue's order; None is no series."""
         if value is None:
             return
-        metric = BY_NAME.get(name)
-        if metric is None:
+        series = _SERIES.get(name)
+        if series is None:
             raise KeyError(f"{name} is not in the catalogue")
-        if len(labels) != len(metric.all_labels):
-            raise ValueError(f"{name} has the labels {metric.all_labels}, not {len(labels)} of them")
-        key = (name, *labels)
-        if key not in self._there:
-            self._there.add(key)
-            values = dict(zip(metric.all_labels, labels))
-            self.samples.setdefault(name, []).append(Sample(metric.exposed, values, float(value)))
+        exposed, names = series
+        if len(labels) != len(names):
+            raise ValueError(f"{name} has the labels {names}, not {len(labels)} of them")
+        if self._is_new(name, labels):
+            self.samples.setdefault(name, []).append(Sample(exposed, dict(zip(names, labels)), float(value)))
 
     def put_distribution(self, name: str, labels: Sequence[str], distribution: Distribution) -> None:
-        metric = BY_NAME[name]
-        values = dict(zip(metric.all_labels, labels))
+        """The series of one histogram."""
+        if not self._is_new(name, labels):
+            return
+        exposed, names = _SERIES[name]
+        values = dict(zip(names, labels))
         samples = self.samples.setdefault(name, [])
         buckets = distribution.cumulative
-        samples += [Sample(f"{metric.exposed}_bucket", {**values, "le": bound}, count) for bound, count in buckets]
-        samples.append(Sample(f"{metric.exposed}_count", values, buckets[-1][1]))
-        samples.append(Sample(f"{metric.exposed}_sum", values, distribution.sum))
+        samples += [Sample(f"{exposed}_bucket", {**values, "le": bound}, count) for bound, count in buckets]
+        samples.append(Sample(f"{exposed}_count", values, buckets[-1][1]))
+        samples.append(Sample(f"{exposed}_sum", values, distribution.sum))
+
+    def _is_new(self, name: str, labels: Sequence[str]) -> bool:
+        key = (name, *labels)
+        if key in self._there:
+            return False
+        self._there.add(key)
+        return True
 
     def families(self) -> Iterator[Family]:
         """Families in the catalogue's order."""
@@ -324,6 +335,7 @@ def _rank(page: Page, labels: list[str], view: RankView, missed: int) -> None:
     page.put("journal_rows_missed", labels, missed)
 
 
+@lru_cache(maxsize=16_384)
 def label(value: object) -> str:
     """Anything as the value of a label: bounded, printable; the exposition escapes the rest."""
     return clean_text(value, MAX_LABEL)
