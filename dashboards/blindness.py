@@ -130,14 +130,18 @@ def bridge() -> timeseries.Panel:
     return (
         graph(
             "The bridge at work",
-            "Duration of a poll of MLflow, and webhooks from Alertmanager by result (right axis). Healthy: polls "
+            "Duration of a poll of MLflow, and (right axis) webhooks from Alertmanager and annotations by result, ghost "
+            "runs closed, and runs by the state that their last heartbeat told. Healthy: polls "
             f"well below their interval, no failed webhook. {FROM_BRIDGE}",
             Query(queries.BRIDGE_POLL_SECONDS, "poll"),
             Query(queries.WEBHOOKS, "webhooks {{result}}"),
+            Query(queries.ANNOTATIONS, "annotations {{result}}"),
+            Query(queries.REAPED_RUNS, "ghost runs closed"),
+            Query(queries.HEARTBEAT_STATES, "runs {{state}}"),
             unit="s",
             minimum=0,
         )
-        .override_by_regexp("/^webhooks/", right_axis("short"))
+        .override_by_regexp("/^(webhooks|annotations|ghost|runs)/", right_axis("short"))
         .span(12)
         .height(8)
     )

@@ -314,5 +314,8 @@ BRIDGE_POLL_AGE = f"time() - max({series('bridge_last_poll_timestamp_seconds')})
 BRIDGE_POLL_SECONDS = f"max({series('bridge_poll_seconds')})"
 GHOST_RUNS = f"max({series('bridge_ghost_runs')})"
 WEBHOOKS = f"sum by (result) (increase({series('bridge_webhooks')}[$__range]))"
+ANNOTATIONS = f"sum by (result) (increase({series('bridge_annotations')}[$__range]))"
+REAPED_RUNS = f"sum(increase({series('bridge_reaped_runs')}[$__range]))"
+HEARTBEAT_STATES = f"count by (state) ({series('run_heartbeat_state')} == 1)"
 HEARTBEAT_AGE = f"time() - max by (model, run, run_name, tier) ({series('run_heartbeat_timestamp_seconds')})"
 PROBE_SHARE = f"max(rate({series('probe_seconds')}[$__rate_interval]))"

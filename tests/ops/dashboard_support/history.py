@@ -157,6 +157,8 @@ def _expand(metric: Metric, past: PastRun | None) -> Iterator[Labels]:
         elif label == "layer":
             assert past is not None
             choices.append((*(f"encoder.{i}" for i in range(past.layers - 1)), "other"))
+        elif label == "result" and metric.scope != "run":
+            choices.append(("accepted", "failed"))
         else:
             choices.append(_VALUES[label])
     for values in product(*choices):
@@ -190,9 +192,13 @@ def _of_model(metric: Metric, model: str, history: History) -> Iterator[Labels]:
     if metric.name == "run_heartbeat_timestamp_seconds":
         for past in mine:
             yield {"run": past.run, "run_name": past.run_name, "tier": "production"}
+    elif metric.name == "run_heartbeat_state":
+        for past in mine:
+            yield from ({"run": past.run, "state": state} for state in RUN_STATES)
     elif metric.name == "model_version_info":
         for version, alias in (("7", "current"), ("6", "previous")):
-            yield {"version": version, "alias": alias, "run": mine[0].run if mine else "gone"}
+            facts = {"optimizer": "AdamW", "scheduler": "CosineAnnealingLR"}
+            yield {"version": version, "alias": alias, "run": mine[0].run if mine else "gone"} | facts
     else:
         rest = tuple(label for label in metric.labels if label != "model")
         yield from _expand(Metric(metric.name, metric.type, rest, "", scope="agent"), None)
@@ -225,7 +231,7 @@ def _value(name: str, labels: Labels, t: float, times: Sequence[float], past: Pa
         return start
     if name in ("ALERTS", "up") or name.endswith("_info"):
         return 1.0
-    if name.endswith("run_state"):
+    if name.endswith(("run_state", "run_heartbeat_state")):
         state = "running" if past is None or t < end else past.state
         return float(labels["state"] == state)
     if name.endswith("run_attempt"):
