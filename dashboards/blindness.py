@@ -130,9 +130,9 @@ def bridge() -> timeseries.Panel:
     return (
         graph(
             "The bridge at work",
-            "Duration of a poll of MLflow, and (right axis) webhooks from Alertmanager and annotations by result, ghost "
-            "runs closed, and runs by the state that their last heartbeat told. Healthy: polls "
-            f"well below their interval, no failed webhook. {FROM_BRIDGE}",
+            "Duration of a poll of MLflow, and (right axis) webhooks from Alertmanager and annotations by result, "
+            "ghost runs closed, and runs by the state that their last heartbeat told. Healthy: polls well below their "
+            f"interval, no failed webhook. {FROM_BRIDGE}",
             Query(queries.BRIDGE_POLL_SECONDS, "poll"),
             Query(queries.WEBHOOKS, "webhooks {{result}}"),
             Query(queries.ANNOTATIONS, "annotations {{result}}"),
