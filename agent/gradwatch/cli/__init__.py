@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
     "Watch": (
         Command("demo", "train a small LSTM for a minute with everything on", "demo"),
         Command("agent", "tail journals; serve /metrics and a status page; upload to MLflow"),
+        Command("bridge", "MLflow history as metrics; alerts into MLflow tags and Grafana; one for all runs"),
     ),
     "Look": (
         Command("runs", "the runs in a journal directory: state, step, loss, norm, clip rate"),
