@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Where the state goes by default, below the journals: names with a leading dot are no runs.
 STATE: Final = ".agent"
+DEFAULT: Final = "127.0.0.1:9460"
 #: A bearer token that requests must bring, where no file is named.
 TOKEN: Final = "GRADWATCH_AGENT_TOKEN"
 #: Parameters of glibc's ``mallopt``.
@@ -33,8 +34,14 @@ def command(
         typer.Option(help="Where the agent keeps its own state; by default DIR/.agent.", show_default=False),
     ] = None,
     listen: Annotated[
-        str, typer.Option(help="Address and port to serve on; port 0 takes a free one and says which.")
-    ] = "127.0.0.1:9460",
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where to serve; port 0 takes a free one and says which. By default 127.0.0.1:9460, or any free "
+            "port where that is taken.",
+            show_default=False,
+        ),
+    ] = None,
     mlflow: Annotated[
         str | None,
         typer.Option(metavar="URI", help="MLflow tracking server; by default MLFLOW_TRACKING_URI.", show_default=False),
@@ -67,7 +74,7 @@ def command(
     _stay_small()
     if not directory.is_dir():
         raise CommandError(f"{directory} is no directory; make it, or name the one where trainings write")
-    host, port = _address(listen)
+    host, port = _address(listen or DEFAULT)
     token = _token(token_file)
     if (tls_cert is None) != (tls_key is None):
         raise CommandError("TLS needs both --tls-cert and --tls-key")
@@ -85,7 +92,14 @@ def command(
         print(f"gradwatch agent: another agent follows {directory} already{_who(store.directory)}", file=sys.stderr)
         raise typer.Exit(1) from None
     agent = Agent(Settings(directory.absolute(), until_done, grace, linger), store, _sinks(mlflow, store.directory))
-    server = _server(host, port, responder(agent), token, tls_cert, tls_key)
+    respond = responder(agent)
+    try:
+        server = _server(host, port, respond, token, tls_cert, tls_key)
+    except CommandError:
+        if listen is not None:
+            raise
+        # Nobody asked for this port: another agent, of another directory, may have it.
+        server = _server(host, 0, respond, token, tls_cert, tls_key)
     agent.address = server.address
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
@@ -95,8 +109,21 @@ def command(
     scheme = "http" if tls_cert is None else "https"
     logging.getLogger("gradwatch.agent").info("listen address=%s://%s dir=%s", scheme, server.address, directory)
     try:
-        agent.run()
+        while True:
+            agent.run()
+            if agent.stopped:
+                break
+            # A training that begins just now finds the lock held and starts no agent: look once more when it is free.
+            agent.step_back()
+            lock.release()
+            if not agent.something_new():
+                break
+            try:
+                lock = Lock(store.directory / "agent.lock")
+            except BlockingIOError:
+                break
     finally:
+        agent.leave()
         server.stop()
         lock.release()
 
@@ -104,10 +131,14 @@ def command(
 def _stay_small() -> None:
     """Settings that keep the resident memory flat, before numpy is imported and threads are started."""
     import ctypes
+    import resource
 
     # numpy's BLAS would keep a pool of threads, and memory for each, for sums of a few numbers.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    # A journal is five descriptors while it is read.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # One arena for all threads (each scrape has one), and blocks of rows given back when they are done with.
     try:
         allocator = ctypes.CDLL(None)

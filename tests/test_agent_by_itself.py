@@ -1,0 +1,57 @@
+"""A training with nothing set starts its agent by itself, which delivers and leaves; also where the port is taken."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from gradwatch.journal.liveness import is_locked
+from tests.services import eventually
+
+SCRIPT = """
+import torch, gradwatch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = gradwatch.watch(model, optimizer, config={"batch_size": 4})
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = model(torch.randn(4, 2)).square().mean()
+    loss.backward()
+    optimizer.step()
+    run.log_train(loss=loss)
+run.finish()
+assert run.last_failure == "", run.last_failure
+"""
+
+
+def train(tmp_path: Path) -> Path:
+    """Run the script in a home of its own; the root that it used."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GRADWATCH_")}
+    environment |= {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], env=environment, check=True, timeout=120)
+    return tmp_path / "state" / "gradwatch"
+
+
+def test_the_agent_comes_and_goes_by_itself(tmp_path: Path) -> None:
+    root = train(tmp_path)
+    log = root / ".agent" / "agent.log"
+    eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
+    eventually(lambda: not is_locked(root / ".agent" / "agent.lock"), "the agent to leave", 90)
+    assert "state=finished step=29" in log.read_text()
+
+
+def test_a_taken_port_gives_another_one(tmp_path: Path) -> None:
+    with closing(socket.socket()) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 9460))
+            taken.listen()
+        except OSError:
+            pass  # somebody else has it, which serves as well
+        log = train(tmp_path) / ".agent" / "agent.log"
+        eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
+        assert "http://127.0.0.1:9460" not in log.read_text()
