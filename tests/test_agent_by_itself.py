@@ -38,6 +38,13 @@ def train(tmp_path: Path) -> Path:
 
 def test_the_agent_comes_and_goes_by_itself(tmp_path: Path) -> None:
     root = train(tmp_path)
+
+    def listed() -> bool:
+        command = [sys.executable, "-m", "gradwatch", "runs", str(root)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return "status page and /metrics: http://127.0.0.1:" in told
+
+    eventually(listed, "the listing to tell the agent's address", 60)
     log = root / ".agent" / "agent.log"
     eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
     eventually(lambda: not is_locked(root / ".agent" / "agent.lock"), "the agent to leave", 90)

@@ -83,6 +83,10 @@ def command(
         console.print(table(lines) if lines else f"no runs in {root}", soft_wrap=not console.is_terminal)
         for message in wrong:
             console.print(f"unreadable: {message}", style="yellow", markup=False)
+        from gradwatch.probe.launch import agent_address
+
+        if address := agent_address(root):
+            console.print(f"status page and /metrics: http://{address}/", markup=False)
         return
     from rich.live import Live
 
