@@ -134,7 +134,7 @@ def test_runs_that_were_over_long_ago_are_not_followed(tmp_path: Path) -> None:
     bench = Bench(tmp_path, clock)
     old = write(bench.root, clock, "old")
     old.end()
-    for path in old.directory.iterdir():
+    for path in [*old.directory.iterdir(), old.directory]:
         os.utime(path, (clock() - 2 * SHOWN_SECONDS,) * 2)
     write(bench.root, clock, "new").end()
     bench.turn(3)
@@ -192,6 +192,7 @@ def test_leaving_gives_the_sinks_their_grace_and_keeps_the_state(tmp_path: Path)
     bench.turn(2)
     bench.agent.stop()
     bench.agent.run()
+    bench.agent.leave()
     assert sink.closed
     state = bench.store.load("run-1")
     assert state is not None
@@ -228,3 +229,49 @@ def test_a_run_deleted_under_the_agent_ends_abruptly(tmp_path: Path) -> None:
     bench.turn(6)
     assert 'run_state{model="model",run="run-1",state="abrupt"} 1.0' in bench.metrics()
     assert 'steps_total{model="model",optimizer="default",run="run-1"} 30.0' in bench.metrics()
+
+
+def test_a_run_that_begins_while_the_agent_leaves_is_not_left_alone(tmp_path: Path) -> None:
+    clock = FakeClock()
+    bench = Bench(tmp_path, clock, until_done=True)
+    write(bench.root, clock, "a").end()
+    bench.turn(4)
+    bench.agent.was_scraped(bench.agent.ends_shown())
+    assert bench.agent._done()
+    bench.agent.step_back()
+    assert not bench.agent.something_new()
+    journal = write(bench.root, clock, "b")
+    assert bench.agent.something_new()
+    bench.turn(2)
+    assert not bench.agent._done()
+    assert (tmp_path / "state" / "agent.json").exists()
+    journal.end()
+
+
+def test_a_later_attempt_speaks_for_the_run_though_the_former_one_still_writes(tmp_path: Path) -> None:
+    clock = FakeClock()
+    bench = Bench(tmp_path, clock)
+    undead = write(bench.root, clock)
+    bench.turn(2)
+    successor = JournalBuilder(bench.root, attempt=1, clock=clock, first_step=30)
+    for _ in range(60):
+        undead.step(step=7)
+        successor.step()
+        bench.turn()
+    bench.turn(4)
+    assert 'run_attempt{model="model",run="run-1"} 1.0' in bench.metrics()
+    assert 'gradwatch_step{model="model",optimizer="default",run="run-1"} 89.0' in bench.metrics()
+    undead.vanish()
+    successor.end()
+
+
+def test_hundreds_of_runs_that_are_over_are_read_with_few_open_files(tmp_path: Path) -> None:
+    clock = FakeClock()
+    bench = Bench(tmp_path, clock)
+    for i in range(200):
+        JournalBuilder(bench.root, run=f"r{i}", clock=clock, capacity=64 * 1024).end()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    bench.turn()
+    assert len(bench.agent.runs) == 200
+    assert all(followed.over for followed in bench.agent.runs.values())
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5

@@ -69,6 +69,8 @@ def test_an_attempts_age_is_that_of_its_newest_file(tmp_path: Path) -> None:
         journal.step()
     for name in ("manifest.json", "steps.ring", "events.jsonl"):
         os.utime(journal.directory / name, (1_000, 1_000))
+    os.utime(journal.directory, (1_500, 1_500))
+    assert last_touched(journal.directory) == 1_500
     os.utime(journal.directory / "events.jsonl", (2_000, 2_000))
     assert last_touched(journal.directory) == 2_000
     assert last_touched(tmp_path / "nothing") == 0

@@ -33,6 +33,10 @@ class Followed:
         #: Whether there is something that the state on disk does not have.
         self.dirty = False
         self.saved_at = -1e9
+        #: Whether a former agent had followed it.
+        self.resumed = False
+        #: Whether it was not polled yet.
+        self.fresh = True
         self._sinks, self._monotonic, self._wall = sinks, monotonic, wall
         self._heartbeat_at = -1e9
         self._state = ""
@@ -179,6 +183,7 @@ class Followed:
         self.ledger.restore(state["findings"])
         self.ended_at = self._monotonic() if state["ended"] else None
         self.drained = state["drained"]
+        self.resumed = True
         facts = self.tail.fold.facts
         if facts is not None:
             # A sink's own memory may be younger or older than ours; told twice does no harm.

@@ -19,6 +19,7 @@ from gradwatch.collect.life import boot_id
 from gradwatch.collect.model import Sink
 from gradwatch.collect.run import RunTail
 from gradwatch.journal.layout import Place
+from gradwatch.journal.reader import SETTLE_SECONDS
 from gradwatch.sinks.prometheus import Exposition, SinkCounts, Snapshot
 
 #: Seconds between two polls, and between two writes of a run's state.
@@ -30,6 +31,8 @@ SHOWN_SECONDS: Final = 3600.0
 MAX_RUNS: Final = 2_000
 #: For how long an agent that nobody has ever scraped serves the end of its last run.
 UNSCRAPED_SECONDS: Final = 2.0
+#: Polls of a run that was just found.
+_FIRST_POLLS: Final = 3
 #: A loop that has not come round for so long is not well.
 HEALTHY_SECONDS: Final = 60.0
 
@@ -79,6 +82,7 @@ class Agent:
         self._waiting: dict[str, None] = {}
         self._stop = threading.Event()
         self._seen_any = False
+        self._full_told = False
         self._scraped_at: float | None = None
         self._said: dict[str, Any] = {}
         self._turned_at = monotonic()
@@ -86,7 +90,7 @@ class Agent:
     # -- the loop
 
     def run(self) -> None:
-        """Work until :meth:`stop` is called, or all is done where that was asked; then deliver what is left."""
+        """Work until :meth:`stop` is called, or all is done where that was asked."""
         while not self._stop.is_set():
             began = self._monotonic()
             more = self.tick()
@@ -94,13 +98,40 @@ class Agent:
                 break
             if not more:
                 self._stop.wait(max(0.01, POLL_SECONDS - (self._monotonic() - began)))
-        self._leave()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def step_back(self) -> None:
+        """All is done: keep everything and say that nobody listens here, before the directory's lock is given up."""
+        for followed in list(self.runs.values()):
+            self._save(followed, now=True)
+        self.store.unsay()
+        self._said = {}
+
+    def something_new(self) -> bool:
+        """Whether a run has begun that counted on this agent: its journal stood before it asked for the lock."""
+        with self.lock:
+            known = len(self.runs)
+            self._discover(at_once=True)
+            return len(self.runs) > known or bool(self._waiting) or not all(f.over for f in self.runs.values())
 
     def catch_up(self, seconds: float = 60.0) -> None:
-        """Read all that is there by now; bounded, since a writer may be faster than this."""
+        """Read all that is there by now, before anybody is answered; bounded, since a writer may be faster than this.
+
+        A former agent may have counted, and shown, the newest row of a run that goes on; the reader keeps it back
+        for half a second. A counter that is shown must never be less than it was: Prometheus would take it for one
+        that began anew at zero.
+        """
         until = self._monotonic() + seconds
         while self.tick() and self._monotonic() < until and not self._stop.is_set():
             pass
+        if any(followed.resumed and not followed.over for followed in self.runs.values()):
+            settled = self._monotonic() + SETTLE_SECONDS + POLL_SECONDS
+            while self._monotonic() < settled and not self._stop.is_set():
+                self._stop.wait(POLL_SECONDS / 2)
+                self.tick()
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler."""
@@ -115,7 +146,7 @@ class Agent:
         for followed in list(self.runs.values()):
             with self.lock:
                 try:
-                    more |= followed.poll()
+                    more |= self._poll(followed)
                 except Exception:
                     # Whatever one run's journal brought about, the others go on.
                     _log.exception("run-failed run=%s: it is no longer followed", followed.run)
@@ -126,6 +157,16 @@ class Agent:
             self._note_drained()
             self._retire()
         self._say()
+        return more
+
+    def _poll(self, followed: Followed) -> bool:
+        more = followed.poll()
+        # A run that is over when it is found is read to its end at once: thousands of them must not be open together.
+        for _ in range(_FIRST_POLLS if followed.fresh else 0):
+            if followed.over:
+                break
+            more = followed.poll()
+        followed.fresh = False
         return more
 
     def _done(self) -> bool:
@@ -140,7 +181,8 @@ class Agent:
         since = self._monotonic() - max(followed.ended_at or 0.0 for followed in ended)
         return since > (UNSCRAPED_SECONDS if self._scraped_at is None else self.settings.linger)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Deliver what is left within the grace period, keep the state, let go."""
         deadline = self._monotonic() + self.settings.grace
         for followed in list(self.runs.values()):
             self._save(followed, now=True)
@@ -155,16 +197,20 @@ class Agent:
             for followed in list(self.runs.values()):
                 self._save(followed, now=True)
                 followed.tail.release()
-        self.store.unsay()
+        if self._said:
+            self.store.unsay()
         _log.info("leave runs=%d undelivered=%d", len(self.runs), left)
 
     # -- runs come and go
 
-    def _discover(self) -> None:
+    def _discover(self, at_once: bool = False) -> None:
         fresh: dict[str, None] = {}
-        for place in self._discovery.look():
+        for place in self._discovery.look(at_once):
             self._places.setdefault(place.run, []).append(place)
             fresh[place.run] = None
+        if self._discovery.full and not self._full_told:
+            self._full_told = True
+            _log.warning("too-many-attempts dir=%s: the newest ones beyond are not followed", self.settings.root)
         for run in [*self._waiting, *fresh]:
             followed = self.runs.get(run)
             if followed is not None:

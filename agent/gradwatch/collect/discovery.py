@@ -49,10 +49,10 @@ class Discovery:
         self._seen: set[tuple[str, int, int]] = set()
         self._next = 0.0
 
-    def look(self) -> list[Place]:
-        """Attempts that are new since the last look; nothing where it is too early to look."""
+    def look(self, at_once: bool = False) -> list[Place]:
+        """Attempts that are new since the last look; nothing where it is too early to look, unless ``at_once``."""
         began = self._monotonic()
-        if began < self._next:
+        if began < self._next and not at_once:
             return []
         found = []
         present: set[str] = set()
@@ -112,11 +112,11 @@ def _is_directory(entry: DirEntry[str]) -> bool:
 
 
 def last_touched(path: Path) -> float:
-    """When an attempt was last written, by its files' times; the present does not matter while its lock is held."""
+    """When an attempt was last written, by the times of its files and its directory (which is made before them)."""
     times = [0.0]
-    for name in (layout.MANIFEST, layout.STEPS, layout.EVENTS):
+    for place in (path, path / layout.MANIFEST, path / layout.STEPS, path / layout.EVENTS):
         try:
-            times.append((path / name).lstat().st_mtime)
+            times.append(place.lstat().st_mtime)
         except OSError:
             continue
     return max(times)

@@ -75,6 +75,7 @@ class RankTail:
     _backoff: float = 0.25
     _troubled_since: float | None = None
     _quiet_since: float | None = None
+    _superseded_since: float | None = None
 
     def offer(self, attempt: int, path: Path) -> bool:
         """An attempt was found; whether it is new here."""
@@ -110,7 +111,7 @@ class RankTail:
                 self.end = told_end(event)
         self._note_broken(read.tensors)
         quiet = not (len(read.steps) or len(read.events) or read.more)
-        closed = quiet and self._is_over()
+        closed = (quiet and self._is_over()) or (not read.more and self._is_outlived())
         progress = self.line.feed(Rows.of(read.steps, self.sharded), Rows.of(read.amended), closed)
         if closed:
             self._close()
@@ -141,6 +142,15 @@ class RankTail:
         if self._quiet_since is None:
             self._quiet_since = self.clock()
         return self.clock() - self._quiet_since > LINGER_SECONDS
+
+    def _is_outlived(self) -> bool:
+        """Whether a later attempt has been there for a while: it speaks for the run, though this one's writer lives."""
+        if not any(attempt > self.attempt for attempt in self._places):
+            self._superseded_since = None
+            return False
+        if self._superseded_since is None:
+            self._superseded_since = self.clock()
+        return self.clock() - self._superseded_since > GIVE_UP_SECONDS
 
     def _open_next(self) -> Manifest | None:
         waiting = sorted(attempt for attempt in self._places if attempt > self.done)
