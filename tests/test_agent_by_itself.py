@@ -51,14 +51,22 @@ def test_the_agent_comes_and_goes_by_itself(tmp_path: Path) -> None:
     assert "state=finished step=29" in log.read_text()
 
 
+def take(port: int) -> socket.socket | None:
+    """A listener on a port, None while somebody else has it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
 def test_a_taken_port_gives_another_one(tmp_path: Path) -> None:
-    with closing(socket.socket()) as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind(("127.0.0.1", 9460))
-            taken.listen()
-        except OSError:
-            pass  # somebody else has it, which serves as well
+    with closing(eventually(lambda: take(9460), "port 9460 to be free for this test", 90)):
         log = train(tmp_path) / ".agent" / "agent.log"
         eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
+        assert "address=http://127.0.0.1:" in log.read_text()
         assert "http://127.0.0.1:9460" not in log.read_text()
