@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 from tests.services import mlflow_server
 
 __all__ = ["mlflow_server"]
+
+# A shell starts background jobs with Ctrl-C ignored, which would be inherited by every process under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two workers share two cores: more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,14 +6,15 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gradwatch.journal.liveness import is_locked
 from tests.services import eventually
 
 SCRIPT = """
-import torch, gradwatch
+import sys, torch, gradwatch
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 run = gradwatch.watch(model, optimizer, config={"batch_size": 4})
@@ -23,30 +24,37 @@ for _ in range(30):
     loss.backward()
     optimizer.step()
     run.log_train(loss=loss)
+for line in sys.stdin:  # the run lives until the test has seen enough
+    pass
 run.finish()
 assert run.last_failure == "", run.last_failure
 """
 
 
-def train(tmp_path: Path) -> Path:
-    """Run the script in a home of its own; the root that it used."""
+@contextmanager
+def training(tmp_path: Path) -> Iterator[Path]:
+    """The script in a home of its own, alive within the block; the root that it uses."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GRADWATCH_")}
     environment |= {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], env=environment, check=True, timeout=120)
-    return tmp_path / "state" / "gradwatch"
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+        yield tmp_path / "state" / "gradwatch"
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 def test_the_agent_comes_and_goes_by_itself(tmp_path: Path) -> None:
-    root = train(tmp_path)
+    with training(tmp_path) as root:
 
-    def listed() -> bool:
-        command = [sys.executable, "-m", "gradwatch", "runs", str(root)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        return "status page and /metrics: http://127.0.0.1:" in told
+        def listed() -> bool:
+            command = [sys.executable, "-m", "gradwatch", "runs", str(root)]
+            told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+            return "status page and /metrics: http://127.0.0.1:" in told
 
-    eventually(listed, "the listing to tell the agent's address", 60)
+        eventually(listed, "the listing to tell the agent's address", 90)
     log = root / ".agent" / "agent.log"
-    eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
+    eventually(lambda: " end run=" in log.read_text(), "the agent to tell the end", 60)
     eventually(lambda: not is_locked(root / ".agent" / "agent.lock"), "the agent to leave", 90)
     assert "state=finished step=29" in log.read_text()
 
@@ -66,7 +74,9 @@ def take(port: int) -> socket.socket | None:
 
 def test_a_taken_port_gives_another_one(tmp_path: Path) -> None:
     with closing(eventually(lambda: take(9460), "port 9460 to be free for this test", 90)):
-        log = train(tmp_path) / ".agent" / "agent.log"
+        with training(tmp_path) as root:
+            log = root / ".agent" / "agent.log"
+            eventually(lambda: log.exists() and " state=running" in log.read_text(), "the agent to follow", 90)
         eventually(lambda: log.exists() and " end run=" in log.read_text(), "the agent to tell the end", 60)
         assert "address=http://127.0.0.1:" in log.read_text()
         assert "http://127.0.0.1:9460" not in log.read_text()
