@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,13 +93,14 @@ def test_a_state_is_written_at_most_once_a_second_and_read_again(tmp_path: Path)
     bench = Bench(tmp_path, clock)
     journal = write(bench.root, clock)
     path = tmp_path / "state" / "runs" / "run-1.json"
-    writes = set()
+    writes: list[float] = []
+    save = bench.store.save
+    bench.store.save = lambda run, state: (writes.append(clock()), save(run, state))[1]  # type: ignore[method-assign]
     for _ in range(12):
         journal.step(grad_norm=2.0, clip_threshold=1.0)
         bench.turn()
-        if path.exists():
-            writes.add(path.stat().st_ino)
-    assert 2 <= len(writes) <= 4
+    assert len(writes) >= 3
+    assert min(later - earlier for earlier, later in pairwise(writes)) >= 1.0
     again = Bench(tmp_path, clock)
     again.turn(4)
     assert 'steps_total{model="model",optimizer="default",run="run-1"} 42.0' in again.metrics()
@@ -110,8 +112,8 @@ def test_a_state_is_written_at_most_once_a_second_and_read_again(tmp_path: Path)
 
 
 def test_an_ended_run_is_shown_for_an_hour_and_found_again_when_it_goes_on(tmp_path: Path) -> None:
-    clock = FakeClock()
-    bench = Bench(tmp_path, clock)
+    clock, sink = FakeClock(), MemorySink()
+    bench = Bench(tmp_path, clock, (sink,))
     write(bench.root, clock).end()
     bench.turn(4)
     clock.advance(SHOWN_SECONDS - 60)
@@ -275,3 +277,20 @@ def test_hundreds_of_runs_that_are_over_are_read_with_few_open_files(tmp_path: P
     assert len(bench.agent.runs) == 200
     assert all(followed.over for followed in bench.agent.runs.values())
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5
+
+
+def test_each_attempts_end_is_told(tmp_path: Path) -> None:
+    clock, sink = FakeClock(), MemorySink()
+    bench = Bench(tmp_path, clock, (sink,))
+    write(bench.root, clock).vanish()
+    bench.turn(4)
+    second = JournalBuilder(bench.root, attempt=1, clock=clock, first_step=20)
+    for _ in range(20):
+        second.step()
+    bench.turn(6)
+    assert 'run_state{model="model",run="run-1",state="running"} 1.0' in bench.metrics()
+    second.end()
+    bench.turn(4)
+    assert [(end.state, summary["attempt"]) for end, summary, _ in sink.ends] == [("abrupt", 0), ("finished", 1)]
+    assert [facts.attempt for facts in sink.started] == [0, 1]
+    assert sink.ends[1][1]["optimizers"]["default"]["replayed_steps"] == 10

@@ -67,11 +67,13 @@ def test_quantiles_are_of_the_finite_norms_of_the_last_thousand_steps() -> None:
         assert value == pytest.approx(between, rel=1e-12)
 
 
-def test_a_clock_set_back_loses_no_step() -> None:
+def test_a_clock_set_back_neither_loses_steps_nor_keeps_them_for_ever() -> None:
     recent = Recent()
-    recent.add(rows([5_000.0 + i for i in range(150)], [2.0] * 150))
-    recent.add(rows([1_400.0 + i for i in range(150)], [2.0] * 150))
+    recent.add(rows([10_000.0 + i for i in range(150)], [2.0] * 150))
+    recent.add(rows([1_000.0 + i for i in range(150)], [2.0] * 150))
     assert recent.counts.steps == 300
+    recent.add(rows([1_150.0 + i for i in range(2_500)], [2.0] * 2_500))
+    assert recent.counts.steps == RECENT_SECONDS
 
 
 @settings(max_examples=50, deadline=None)

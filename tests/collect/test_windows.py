@@ -84,6 +84,13 @@ def test_edges_are_multiples_of_a_length_that_takes_a_second_or_a_thousandth_of_
     assert later[-1].first_step % later[-1].steps == 0
 
 
+def test_windows_do_not_shrink_when_steps_become_slower() -> None:
+    windows = Windows("default", 0, 1_000.0, ("0",))
+    fold(windows, rows(0, [1.0] * 400, [1.0] * 400, every=0.005))
+    slow = fold(windows, rows(400, [1.0] * 1_000, [1.0] * 1_000, every=1.0))
+    assert [(w.first_step, w.last_step) for w in slow] == [(i, i + 199) for i in range(400, 1_400, 200)]
+
+
 def test_a_month_makes_no_more_points_than_promised() -> None:
     windows = Windows("default", 0, 0.0, ("0",))
     count = 0

@@ -76,9 +76,7 @@ class RunFold:
     @property
     def clip_rate_budget(self) -> float:
         """Share of recent steps that this run lets be clipped."""
-        value = None if self.facts is None else self.facts.manifest.budgets.get("clip_rate")
-        sane = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-        return float(value) if sane and value is not None else DEFAULT_CLIP_RATE_BUDGET
+        return clip_rate_budget({} if self.facts is None else self.facts.manifest.budgets)
 
     # -- attempts
 
@@ -308,6 +306,13 @@ class RunFold:
         self.curve = [(int(step), float(loss), float(norm)) for step, loss, norm in state["curve"]]
         self._curve_every = max(1, int(state["curve_every"]))
         return self
+
+
+def clip_rate_budget(budgets: Mapping[str, Any]) -> float:
+    """A run's budget for its clip rate, from its manifest."""
+    value = budgets.get("clip_rate")
+    sane = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return float(value) if sane and value is not None else DEFAULT_CLIP_RATE_BUDGET
 
 
 def _count(value: object) -> int:

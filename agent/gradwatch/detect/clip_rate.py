@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 import numpy as np
 
 from gradwatch.catalog import Severity
+from gradwatch.collect.fold import clip_rate_budget
 from gradwatch.collect.model import Finding
 from gradwatch.collect.recent import RECENT_STEPS, Recent
 from gradwatch.collect.rows import CLIPPED_BY_NORM, Rows
@@ -15,7 +15,6 @@ from gradwatch.collect.run import Observation
 from gradwatch.detect.detector import found
 
 CODE: Final = "clip-rate-high"
-DEFAULT_BUDGET: Final = 0.1
 #: Share of clipped steps above which the clip is no guard any more but the rule.
 MOST: Final = 0.5
 #: Below this share of the budget it is over.
@@ -122,10 +121,3 @@ class _Watched:
     def __init__(self, steps: int = 0, level: int = 0, recent: Recent | None = None) -> None:
         self.steps, self.level = steps, level
         self.recent = recent or Recent()
-
-
-def clip_rate_budget(budgets: Any) -> float:
-    """A run's budget for its clip rate, from its manifest."""
-    value = budgets.get("clip_rate")
-    sane = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if sane else DEFAULT_BUDGET
