@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
 
 from gradwatch.bridge.service import Bridge, Settings
 from tests.services import MlflowServer, Server, eventually, fetch, free_port
@@ -168,10 +169,12 @@ class World:
             tags={**(ours_tags if ours else {}), **(tags or {})},
         )
         run_id = str(made.info.run_id)
-        for key, value in (params or {}).items():
-            self.client.log_param(run_id, f"gradwatch.{key}", value)
-        for key, number in (metrics or {}).items():
-            self.client.log_metric(run_id, f"gradwatch/{key}", number)
+        if params or metrics:
+            self.client.log_batch(
+                run_id,
+                params=[Param(f"gradwatch.{key}", str(value)) for key, value in (params or {}).items()],
+                metrics=[Metric(f"gradwatch/{key}", number, 0, 0) for key, number in (metrics or {}).items()],
+            )
         if status != "RUNNING":
             self.client.set_terminated(run_id, status, end_time=int((self.now - ended) * 1000))
         return run_id

@@ -10,7 +10,8 @@ MLflow has no feed of changes, so a poll asks four questions, most urgent first:
    at a time: it fills the memory after a start, and finds what was deleted or
    told so late that no other question sees it.
 
-A search that is not through when the time of a poll is up goes on in the next.
+Each gets a page in every poll, and more while there is time. A search that is not
+through when the time is up goes on in the next poll.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class RunsPoll:
         self._departed: dict[str, None] = {}
 
     def poll(self, in_time: Callable[[], bool]) -> None:
-        """One piece of each question, while ``in_time``; at least a page of the first. Raises ``TrackingError``."""
+        """A page of each question, and further ones while ``in_time``. Raises ``TrackingError``."""
         self.experiments = self._history.experiments()
         self._read_running(in_time)
         self._read_ended(in_time)
@@ -136,7 +137,7 @@ class RunsPoll:
         if self._ended is None:
             since = max(self._known_until - OVERLAP, self._oldest()) if self._known_until else self._wall() - OVERLAP
             self._ended = self._search(f"attributes.end_time >= {int(since * 1000)}", _NEWEST)
-        while in_time():
+        while True:
             for run in self._ended.next():
                 self._note(run)
             if self._ended.done:
@@ -144,6 +145,8 @@ class RunsPoll:
                 # A clock of another machine may be ahead; what it calls the future must not hide the present.
                 self._known_until = min(max(newest, self._known_until), self._wall())
                 self._ended = None
+                return
+            if not in_time():
                 return
 
     def _read_departed(self, in_time: Callable[[], bool]) -> None:
@@ -161,7 +164,7 @@ class RunsPoll:
         if self._round is None:
             self._round = self._search(f"attributes.end_time >= {int(self._oldest() * 1000)}", _NEWEST)
             self._before = set(self.runs.ended)
-        while in_time():
+        while True:
             for run in self._round.next():
                 self._note(run)
             if self._round.done:
@@ -171,7 +174,7 @@ class RunsPoll:
                     self.runs.ended.pop(run_id, None)
                 self.runs.complete, self._round = True, None
                 return
-            if not first:
+            if not first or not in_time():
                 return
 
     # -- records
