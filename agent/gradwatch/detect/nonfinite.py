@@ -10,6 +10,7 @@ from gradwatch.collect.model import Finding
 from gradwatch.collect.rows import Mask, Rows
 from gradwatch.collect.run import Observation
 from gradwatch.detect.detector import found
+from gradwatch.journal.manifest import MAX_TENSORS
 
 #: Steps in a row without another after which it is over.
 CALM_STEPS: Final = 100
@@ -83,7 +84,7 @@ class Nonfinite:
         evidence: dict[str, Any] = {"step": step, "rank": seen.rank, "steps_in_a_row": in_a_row}
         if code == "nonfinite-gradient":
             tensors = seen.broken.get(row, [])
-            evidence |= {"tensors": int(rows["nonfinite"][index]), "first_tensors": tensors}
+            evidence |= {"tensors": int(min(rows["nonfinite"][index], MAX_TENSORS)), "first_tensors": tensors}
             where = f", first in {tensors[0]}" if tensors else ""
             what = f"{evidence['tensors']} tensors had a gradient with NaN or infinity{where}"
         else:
