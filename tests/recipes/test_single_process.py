@@ -337,7 +337,7 @@ def test_optimizer_stepped_in_backward(watch: Watch, read: Read) -> None:
     twin = copy.deepcopy(model)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step)
-    for _ in range(25):
+    for _ in range(210):
         x, y = batch()
         twin.load_state_dict(model.state_dict())
         twin.zero_grad()

@@ -55,7 +55,7 @@ class OptimizerProbe:
         self._sampling_off = False
         self._stepped: set[int] = set()
         #: Steps taken since the run began here, and backward passes before the last one.
-        self._count = 0
+        self.taken = 0
         self._backwards = 0
         self._started = False
         self._group_count = -1
@@ -76,6 +76,11 @@ class OptimizerProbe:
         self._group_count = sum(len(o.param_groups) for o in self.optimizers)
         self._host: list[float] = [math.nan] * len(self.session.columns.host)
         self._host[0] = self.index
+        first = len(col.HOST)
+        #: Groups that have columns, and where their rate and decay stand in a row.
+        self._slots = [
+            (group, first + i, first + self._groups + i) for i, group in enumerate(self.groups[: self._groups])
+        ]
 
     def attach(self) -> None:
         for optimizer in self.optimizers:
@@ -304,9 +309,9 @@ class OptimizerProbe:
             session.write_sample(self, sample, found_inf)
         session.contracts.after_step(self)
         self.step += 1
-        if is_sampled(self._count) and self.index == 0:
+        if is_sampled(self.taken) and self.index == 0:
             session.learned(self._backwards)
-        self._count += 1
+        self.taken += 1
 
     def skipped(self) -> None:
         """A GradScaler decided to skip this attempted step: a row, but no step."""
@@ -348,16 +353,13 @@ class OptimizerProbe:
 
     def _read_groups(self, host: list[float]) -> bool:
         """Put rates and decays into their columns; False where a rate is on a device and travels with its values."""
-        rate_at, decay_at = len(col.HOST), len(col.HOST) + self._groups
         plain = True
-        for group in self.groups[: self._groups]:
+        for group, rate_at, decay_at in self._slots:
             rate = group["lr"]
             if rate.__class__ is not float and isinstance(rate, Tensor):
                 rate, plain = (rate.item(), plain) if rate.device.type == "cpu" else (math.nan, False)
             host[rate_at] = rate
             host[decay_at] = group.get("weight_decay", math.nan)
-            rate_at += 1
-            decay_at += 1
         return plain
 
     def _tensor_rates_now(self) -> list[Tensor | float]:

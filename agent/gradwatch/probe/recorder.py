@@ -23,6 +23,8 @@ from gradwatch.probe import columns as col
 from gradwatch.probe.attempted import EPSILON, Attempted, Clip, clip_columns, derive
 from gradwatch.probe.lane import Lane, Values, gather, on_host
 
+#: Tensors up to which a list of numbers is cheaper than an array.
+FEW: Final = 64
 #: A norm this far from the true one takes the long way, on which the contract looks at it.
 NOTEWORTHY: Final = 0.01
 
@@ -50,6 +52,7 @@ class Recorder:
 
     def __init__(self, writer: JournalWriter, columns: col.StepColumns, lane: Lane, started: float) -> None:
         self._steps, self._tensors = writer.steps, writer.tensors
+        self._count = len(writer.manifest.tensors)
         self._lane = lane
         #: Called with (row, norm that training used, true norm) when a row that took the long way is known.
         self.landed: Callable[[Row, float, float], None] = lambda row, used, true: None
@@ -92,16 +95,15 @@ class Recorder:
             if clips or measured.scale is not None or not on_host(norms):
                 return False
             l2 = total = torch.linalg.vector_norm(norms).item()
-        payload = self._tensors.payload
+        count = norms.numel()  # type: ignore[union-attr]
         # A norm that is not finite takes the long way, which counts the tensors that it comes from; so do
         # several optimizers and tensors without gradient, whose columns have gaps.
-        if norms.numel() != len(payload) or not total < math.inf or not l2 < math.inf:  # type: ignore[union-attr]
+        if count != self._count or not total < math.inf or not l2 < math.inf:  # type: ignore[union-attr]
             return False
         if abs(total - l2) > NOTEWORTHY * l2:
             return False
         if self._held is not None:
             self.flush()
-        payload[:] = norms.numpy()  # type: ignore[union-attr]
         now = time()
         tick = perf_counter()
         host[2] = tick - self._previous
@@ -111,7 +113,11 @@ class Recorder:
         self._device = device = [loss, total, l2, factor, 0.0, math.nan, math.nan, *self._spare]
         self.sequence = sequence = self._steps.append(step, now, host, device)
         self.step = step
-        self._tensors.append(sequence, step, now)
+        if count <= FEW:
+            self._tensors.append_values(sequence, step, now, norms.tolist())  # type: ignore[union-attr]
+        else:
+            self._tensors.payload[:] = norms.numpy()  # type: ignore[union-attr]
+            self._tensors.append(sequence, step, now)
         return True
 
     def write(self, row: Row, host: list[float]) -> None:

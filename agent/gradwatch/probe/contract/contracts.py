@@ -49,7 +49,9 @@ class Contracts:
         """Gradients are as the optimizer will use them."""
         index = probe.index
         self._clips[index].before_step(probe)
-        self._gradients[index].before_step(probe)
+        gradients = self._gradients[index]
+        if gradients.awaits:
+            gradients.before_step(probe)
         self._schedules[index].before_step(probe)
 
     def after_step(self, probe: OptimizerProbe) -> None:

@@ -27,7 +27,8 @@ class GradientChecks:
 
     def __init__(self, session: Session, report: Report) -> None:
         self._session, self._report = session, report
-        self._missing_at = MISSING_STEPS
+        #: Whether some parameter may still be one that no gradient ever reaches.
+        self.awaits = True
         self._reached: set[int] = set()
         # Of the attempted step under way: has any backward pass begun with cleared gradients, and
         # how many asked a device whose answer is not here yet.
@@ -87,15 +88,13 @@ class GradientChecks:
 
     def before_step(self, probe: OptimizerProbe) -> None:
         """Note which parameters have a gradient, where not all have."""
-        if self._missing_at is None or probe.step > self._missing_at:
-            return
         absent = [
             (name, parameter)
             for name, parameter, _ in probe.named()
             if parameter.grad is None and parameter.requires_grad and id(parameter) not in self._reached
         ]
-        if probe.step == self._missing_at:
-            self._missing_at = -1
+        if probe.taken >= MISSING_STEPS:
+            self.awaits = False
             if absent and len(absent) < len(probe.parameters):
                 names = [name for name, _ in absent]
                 self._report.violation(
@@ -109,4 +108,4 @@ class GradientChecks:
             missing = {id(parameter) for _, parameter in absent}
             self._reached |= {id(p) for p in probe.parameters if id(p) not in missing}
         else:
-            self._missing_at = -1  # every one has been reached
+            self.awaits = False
