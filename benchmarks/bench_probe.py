@@ -27,6 +27,8 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.probe import seam
+from gradwatch.probe.sampling import is_sampled
 
 Step = Callable[[], None]
 
@@ -122,6 +124,58 @@ def compare(
     return result
 
 
+def parts(steps: int) -> dict[str, float]:
+    """Median time in µs of each part of the probe, called between the operations of a real step.
+
+    A second optimizer's clip and steps run in between, so that caches are as
+    full of other things as in a training loop.
+    """
+    model, other = mlp(), mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    busy = fixed(other, torch.optim.AdamW(other.parameters(), lr=1e-4))
+    fixed(model, optimizer)
+    run = gradwatch.watch(model, optimizer, max_norm=1.0, model_name="bench", initial_step=101)
+    session = run._session
+    assert session is not None
+    probe = session.probes[0]
+    parameters = list(model.parameters())
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    total = torch.linalg.vector_norm(norms)
+    event = seam.ClipEvent(parameters, grads, 1.0, total, seam.NormEvent(grads, norms, total, 2.0))
+
+    def clip() -> None:
+        session.on_norm(event.norm)
+        session.on_clip(event)
+
+    calls: dict[str, Step] = {
+        "clip seen": clip,
+        "before the step": lambda: probe._before(optimizer, (optimizer,), {}),
+        "after the step, row written": lambda: probe._after(optimizer, (optimizer,), {}),
+        "log_train": lambda: run.log_train(loss=0.5),
+    }
+    times: dict[str, list[float]] = {name: [] for name in [*calls, "a sampled step, all in all"]}
+    for _ in range(steps):
+        took = 0.0
+        sampled = is_sampled(probe.step)
+        for name, call in calls.items():
+            busy()
+            began = perf_counter()
+            call()
+            seconds = perf_counter() - began
+            took += seconds
+            if not sampled:
+                times[name].append(seconds)
+        if sampled:
+            times["a sampled step, all in all"].append(took)
+    run.finish()
+    assert run.last_failure == "", run.last_failure
+    medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        print(f"part: {name:34} {median:8.1f} µs")
+    return medians
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20, help="pairs of blocks (default 20)")
@@ -158,8 +212,9 @@ def main() -> None:
                 10,
             )
         )
+        shares = parts(100 * options.pairs)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        options.json.write_text(json.dumps({"cases": results, "parts_us": shares}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

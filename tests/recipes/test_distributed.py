@@ -89,6 +89,7 @@ def test_sharded_norms_combine_to_the_norm_of_one_process(tmp_path: Path, mode: 
     for rank, (manifest, events) in sorted(journals.items()):
         assert [e["code"] for e in events.events if e["kind"] == "finding"] == []
         assert any(t.placement for t in manifest.tensors)
+        assert any("clip-before-backward" in entry["check"] for entry in manifest.unchecked)
         norms.join(rank, manifest)
         norms.add(rank, events.tensors)
         partial = norms.norm(int(events.steps.sequence[0]))

@@ -2,8 +2,8 @@
 
 On a CPU every value is there already. On an accelerator a copy into pinned
 memory is queued with an event behind it, and looked at again at the next step:
-the training thread never waits for the device (``docs/concepts`` has why that
-matters; the tests show it without one).
+the training thread never waits for the device. What has not landed when the
+process dies is lost with the device, the host's part of the row is not.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -18,7 +19,7 @@ from gradwatch.journal.writer import DEFAULT_CAPACITY
 from gradwatch.probe import ends, identity, launch, metadata, scaler, schedulers, seam, tensors
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
-from gradwatch.probe.columns import StepColumns
+from gradwatch.probe.columns import MAX_GROUPS, StepColumns
 from gradwatch.probe.contract import setup
 from gradwatch.probe.mlflow_target import mlflow_target
 from gradwatch.probe.run import Run
@@ -87,9 +88,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
         hyperparameters=metadata.flatten(facts),
         config=facts["config"],
         mlflow=target.to_json(),
-        unchecked=tuple(
-            {"check": f"clip by {entry}", "reason": how} for entry, how in seam.coverage().items() if how == "none"
-        ),
+        unchecked=tuple(_unchecked(settings, table)),
     )
     writer = _create(root, manifest)
     session = Session(
@@ -158,6 +157,31 @@ def _create(root: Path, manifest: Manifest) -> JournalWriter:
             # Too many tensors for their histograms: the norms matter more.
             manifest = replace(manifest, buckets=0, sections=sections(len(manifest.tensors), False))
     raise FileExistsError(f"{root / manifest.run}: a thousand attempts already; remove old runs")
+
+
+def _unchecked(settings: Settings, table: Sequence[tensors.TensorRow]) -> Iterator[dict[str, str]]:
+    """What the probe cannot see in this run, for the manifest: a check that cannot fail must not look passed."""
+    for entry, how in seam.coverage().items():
+        if how == "none":
+            yield {"check": f"clips through {entry}", "reason": "this torch has another function there"}
+    if any(row.tensor.placement for row in table):
+        yield {
+            "check": "clip-each-microbatch, clip-before-backward, clip-after-step, gradients-not-cleared",
+            "reason": "sharded parameters accumulate without gradient hooks: backward passes are not counted",
+        }
+        yield {
+            "check": "clip-ineffective, clip-norm-overflow",
+            "reason": "the norm of sharded gradients is known behind all ranks only, to the agent",
+        }
+    held = sum(len(g["params"]) for parts in settings.optimizers.values() for p in parts for g in p.param_groups)
+    if held > MAX_TENSORS:
+        yield {"check": "norms of each tensor", "reason": f"{held} tensors; the first {MAX_TENSORS} have columns"}
+    if any(sum(len(p.param_groups) for p in parts) > MAX_GROUPS for parts in settings.optimizers.values()):
+        yield {"check": "rates of each group", "reason": f"the first {MAX_GROUPS} parameter groups have columns"}
+    if any(
+        isinstance(g.get("lr"), Tensor) for parts in settings.optimizers.values() for p in parts for g in p.param_groups
+    ):
+        yield {"check": "scheduler-per-microbatch", "reason": "learning rates are tensors, which are not read here"}
 
 
 def _not_optimized(settings: Settings) -> list[str]:

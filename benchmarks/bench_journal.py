@@ -1,6 +1,6 @@
 """What a row costs the training thread, beside the naive ways to keep one, and how fast a reader is.
 
-    python benchmarks/journal.py
+    python benchmarks/bench_journal.py
 
 Blocks of the ways alternate, so that a busy machine slows all of them alike;
 printed are the median and the quartiles over the blocks, in microseconds a row.
