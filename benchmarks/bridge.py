@@ -179,7 +179,7 @@ def fill(database: Path, runs: int, running: int = 50, days: float = 29.0) -> No
         status, end = (
             ("RUNNING", None) if live else (("FINISHED", "FAILED")[index % 10 == 0], int((start + 1800) * 1000))
         )
-        return ids[index], f"run {index}", 4, "bench", status, int(start * 1000), end, "active", experiment
+        return ids[index], f"run {index}", "LOCAL", "bench", status, int(start * 1000), end, "active", experiment
 
     columns = "run_uuid, name, source_type, user_id, status, start_time, end_time, lifecycle_stage, experiment_id"
     connection.executemany(f"INSERT INTO runs ({columns}) VALUES (?,?,?,?,?,?,?,?,?)", map(rows, range(runs)))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
+from schemathesis.schemas import BaseSchema
 from starlette.testclient import TestClient
 
 from gradwatch.bridge.openapi import WEBHOOK_PATH, document
 from gradwatch.bridge.service import Bridge
 from gradwatch.bridge.web import application
-from tests.bridge.conftest import TOKEN
+from tests.bridge.conftest import TOKEN, BridgeProcess
 from tests.bridge.conftest import settings as bridge_settings
 from tests.services import MlflowServer, eventually
 
-api = schemathesis.openapi.from_dict(document())
+api = schemathesis.pytest.from_fixture("served")
 
 
 @pytest.fixture(scope="module")
-def served(mlflow_server: MlflowServer):  # type: ignore[no-untyped-def]
-    bridge = Bridge(bridge_settings(mlflow_server.url, interval=3600))
-    app = application(bridge)
-    with TestClient(app):
-        eventually(lambda: bridge.ready, "MLflow was read")
-        api.app = app
-        yield app
+def served(mlflow_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseSchema]:
+    with BridgeProcess(tmp_path_factory.mktemp("bridge"), mlflow_server.url) as bridge:
+        eventually(bridge.is_ready, "MLflow was read", 60)
+        yield schemathesis.openapi.from_url(f"{bridge.url}/openapi.json")
 
 
 @api.parametrize()
@@ -33,7 +33,7 @@ def served(mlflow_server: MlflowServer):  # type: ignore[no-untyped-def]
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-def test_answers_are_as_described(case: schemathesis.Case, served: object) -> None:
+def test_answers_are_as_described(case: schemathesis.Case) -> None:
     case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"})
 
 

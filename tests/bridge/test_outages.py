@@ -75,7 +75,7 @@ def stands(world: World, run_id: str, start: str, name: str = "GradwatchNonFinit
 def test_alerts_arrive_through_outages_of_mlflow_of_the_bridge_and_of_alertmanager(tmp_path: Path) -> None:
     with SqliteMlflow(tmp_path / "mlflow") as mlflow:
         world = World(mlflow.url)
-        runs = {name: world.add_run(name) for name in ("calm", "outage", "restart", "short")}
+        runs = {name: world.add_run(name) for name in ("calm", "outage", "restart", "short", "after")}
         # The bridge wants to know Alertmanager's address and the other way round.
         port = free_port()
         with ResumableBridge(tmp_path / "bridge", mlflow.url, "--alertmanager", f"http://127.0.0.1:{port}") as bridge:
@@ -110,12 +110,14 @@ def test_alerts_arrive_through_outages_of_mlflow_of_the_bridge_and_of_alertmanag
                 bridge.resume()
                 eventually(stands(world, runs["restart"], "firing"), "the alert of the restart stands in MLflow", 90)
 
-                # Alertmanager is away and forgets nothing; the bridge lives on and takes the end afterwards.
+                # Alertmanager is away: the bridge lives on, and takes what comes afterwards.
                 alertmanager.stop()
                 eventually(bridge.is_ready, "the bridge is ready without Alertmanager")
                 alertmanager.resume()
-                raise_alert(alertmanager, "restart", over=True)
-                eventually(stands(world, runs["restart"], "resolved"), "its end stands in MLflow", 60)
+                raise_alert(alertmanager, "after")
+                eventually(stands(world, runs["after"], "firing"), "a new alert stands in MLflow", 60)
+                raise_alert(alertmanager, "after", over=True)
+                eventually(stands(world, runs["after"], "resolved"), "its end stands in MLflow", 60)
             finally:
                 alertmanager.stop()
 
