@@ -1,0 +1,1 @@
+"""What the tests of alerts share: a world to try them in, and the cases."""
