@@ -33,6 +33,8 @@ MAX_RUNS: Final = 2_000
 UNSCRAPED_SECONDS: Final = 2.0
 #: Polls of a run that was just found.
 _FIRST_POLLS: Final = 3
+#: Of the grace period, what is kept for the sinks when runs are followed to their end first.
+_DELIVER_SECONDS: Final = 5.0
 #: A loop that has not come round for so long is not well.
 HEALTHY_SECONDS: Final = 60.0
 
@@ -50,6 +52,8 @@ class Settings:
     grace: float = 25.0
     #: Seconds for which the final state waits for its scrape, where something scrapes.
     linger: float = 45.0
+    #: Whether, told to leave, to follow the runs to their end first; within the grace period.
+    drain: bool = False
 
 
 class Agent:
@@ -67,6 +71,7 @@ class Agent:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.settings, self.store, self.sinks = settings, store, list(sinks)
         self.lock = threading.RLock()
@@ -75,7 +80,7 @@ class Agent:
         self.old = 0
         self.exposition = Exposition(self.snapshot, self.lock)
         self.address = ""
-        self._monotonic, self._wall = monotonic, wall
+        self._monotonic, self._wall, self._pause = monotonic, wall, pause
         self._boot_id = boot_id()
         self._discovery = Discovery(settings.root, monotonic, wall)
         self._places: dict[str, list[Place]] = {}
@@ -184,6 +189,8 @@ class Agent:
     def leave(self) -> None:
         """Deliver what is left within the grace period, keep the state, let go."""
         deadline = self._monotonic() + self.settings.grace
+        if self.settings.drain:
+            self._follow_to_the_end(deadline - _DELIVER_SECONDS)
         for followed in list(self.runs.values()):
             self._save(followed, now=True)
         for sink in self.sinks:
@@ -200,6 +207,17 @@ class Agent:
         if self._said:
             self.store.unsay()
         _log.info("leave runs=%d undelivered=%d", len(self.runs), left)
+
+    def _follow_to_the_end(self, deadline: float) -> None:
+        """Read, deliver and show how the runs ended: a sidecar is told last, after its trainer."""
+        with self.lock:
+            self._discover(at_once=True)
+        while self._seen_any and self._monotonic() < deadline:
+            more = self.tick()
+            if self._done():
+                break
+            if not more:
+                self._pause(POLL_SECONDS)
 
     # -- runs come and go
 

@@ -49,9 +49,18 @@ def command(
     until_done: Annotated[
         bool, typer.Option("--until-done", help="Leave when every run seen has ended and is delivered.")
     ] = False,
+    drain: Annotated[
+        bool,
+        typer.Option(
+            "--drain",
+            help="When told to stop, follow the runs to their end first, and wait for a last scrape; for a sidecar, "
+            "which is told after its trainer.",
+        ),
+    ] = False,
     grace: Annotated[float, typer.Option(help="Seconds to deliver what is left when told to stop.", min=0)] = 25.0,
     linger: Annotated[
-        float, typer.Option(help="With --until-done: seconds for a last scrape, where something scrapes.", min=0)
+        float,
+        typer.Option(help="With --until-done or --drain: seconds for a last scrape, where something scrapes.", min=0),
     ] = 45.0,
     token_file: Annotated[
         Path | None,
@@ -91,7 +100,9 @@ def command(
     except BlockingIOError:
         print(f"gradwatch agent: another agent follows {directory} already{_who(store.directory)}", file=sys.stderr)
         raise typer.Exit(1) from None
-    agent = Agent(Settings(directory.absolute(), until_done, grace, linger), store, _sinks(mlflow, store.directory))
+    agent = Agent(
+        Settings(directory.absolute(), until_done, grace, linger, drain), store, _sinks(mlflow, store.directory)
+    )
     respond = responder(agent)
     try:
         server = _server(host, port, respond, token, tls_cert, tls_key)
