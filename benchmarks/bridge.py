@@ -148,9 +148,7 @@ def bench_webhooks(rate: float, seconds: float) -> None:
             sent = asyncio.run(send(f"{bridge}/webhooks/alertmanager", rate, seconds))
         problems = lost(sent.changes, Path(place) / "artifacts", tags_of(url, runs))
     waits = sorted(sent.waits)
-    print(
-        f"webhooks: {sent.changes} changes of state at {rate:g}/s over {seconds:g} s; all answered after {sent.seconds:.1f} s"
-    )
+    print(f"webhooks: {sent.changes} changes of state at {rate:g}/s; all answered after {sent.seconds:.1f} s")
     print(
         f"  wait for the answer: p50 {statistics.median(waits) * 1e3:.0f} ms, "
         f"p99 {waits[int(len(waits) * 0.99)] * 1e3:.0f} ms, longest {waits[-1] * 1e3:.0f} ms; {sent.retries} retries"
@@ -235,9 +233,8 @@ def bench_polls(runs: int, steady: int = 20) -> None:
     budget = settings.poll_budget
     print(f"  budget: no further page after {budget:g} s, of a poll every {settings.interval:g} s")
     print(f"  first round: {len(first)} polls, longest {max(first):.1f} s; {known} ended runs known, {memory:.0f} MiB")
-    print(
-        f"  then: median {statistics.median(later):.2f} s, longest {max(later):.2f} s; scrape {scrape * 1e3:.0f} ms, {len(page) >> 10} KiB"
-    )
+    print(f"  then: median {statistics.median(later):.2f} s, longest {max(later):.2f} s")
+    print(f"  scrape: {scrape * 1e3:.0f} ms, {len(page) >> 10} KiB")
 
 
 def poll(bridge: Any) -> float:

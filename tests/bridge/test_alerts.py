@@ -68,7 +68,6 @@ def test_what_is_no_post_is_refused_in_words(document: object, words: str) -> No
         ({"status": "pending"}, "status 'pending'"),
         ({"startsAt": "yesterday"}, "startsAt"),
         ({"startsAt": "2026-01-31T12:00:00"}, "no time zone"),
-        ({"startsAt": "0001-01-01T00:00:00Z"}, "before 1970"),
         ({"startsAt": None}, "startsAt"),
     ],
 )

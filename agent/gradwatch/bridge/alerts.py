@@ -132,18 +132,18 @@ def _parse(item: object) -> Alert:
     if status not in ("firing", "resolved"):
         raise WebhookError(f"status {_shown(status)}: expected 'firing' or 'resolved'")
     starts = _time(item, "startsAt")
-    if starts <= 0:
-        raise WebhookError("startsAt is before 1970")
-    ends = max(_time(item, "endsAt"), starts) if status == "resolved" else 0
-    url = item.get("generatorURL")
-    text = clean_text(url, MAX_TEXT) if isinstance(url, str) else ""
-    return Alert(name, fingerprint, status == "firing", starts, ends, labels, _pairs(item, "annotations"), text)
+    # While it fires, the end is the time at which Prometheus would let it go, or none.
+    ends = max(_time(item, "endsAt"), starts)
+    url = item.get("generatorURL", "")
+    if not isinstance(url, str):
+        raise WebhookError("'generatorURL' is not a string")
+    firing = status == "firing"
+    about = labels, _pairs(item, "annotations"), clean_text(url, MAX_TEXT)
+    return Alert(name, fingerprint, firing, starts, 0 if firing else ends, *about)
 
 
 def _pairs(item: Mapping[str, Any], name: str) -> dict[str, str]:
-    pairs = item.get(name)
-    if pairs is None:
-        return {}
+    pairs = item.get(name, {})
     if not isinstance(pairs, Mapping) or not all(isinstance(value, str) for value in pairs.values()):
         raise WebhookError(f"'{name}' is not an object of strings")
     if len(pairs) > MAX_PAIRS:
@@ -160,7 +160,8 @@ def _time(item: Mapping[str, Any], name: str) -> int:
         when = datetime.fromisoformat(_FRACTION.sub(r"\1", value))
         if when.tzinfo is None:
             raise WebhookError(f"{name} {_shown(value)} has no time zone")
-        return (when - _EPOCH) // timedelta(milliseconds=1)
+        # Go's zero time, year 1, is no time: as 1970.
+        return max(0, (when - _EPOCH) // timedelta(milliseconds=1))
     except (ValueError, OverflowError) as error:
         if isinstance(error, WebhookError):
             raise

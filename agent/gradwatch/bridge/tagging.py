@@ -27,8 +27,8 @@ _log = logging.getLogger("gradwatch.bridge")
 #: What became of an alert. ``failed`` asks for another try, all else is final.
 Result = Literal["applied", "unchanged", "unknown", "refused", "failed"]
 
-#: Calls to MLflow at once.
-WORKERS: Final = 4
+#: Calls to MLflow at once: a call mostly waits for the database to write; its client keeps ten connections.
+WORKERS: Final = 10
 #: Alerts whose last word is remembered, so that repetitions cost no call.
 MAX_DONE: Final = 50_000
 #: Seconds for which a run that is not in MLflow is not looked for again.
