@@ -14,6 +14,7 @@ import yaml
 
 from tests import services
 from tests.ops.alert_support.cases import CASES, Case, Fired
+from tests.ops.alert_support.recordings import RECORDED, Recorded
 from tests.ops.alert_support.world import Series, document
 
 pytestmark = pytest.mark.services
@@ -79,6 +80,22 @@ def test_the_watchdog_fires_with_nothing_there(tmp_path: Path) -> None:
     expected = [{"labels": "{}", "value": 1}]
     assert promtool(tmp_path, [("some", "1x5")], promql_expr_test=[{**check, "exp_samples": expected}]) == ""
     assert "got" in promtool(tmp_path, [("some", "1x5")], promql_expr_test=[{**check, "exp_samples": []}])
+
+
+# -- recording rules
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: f"{case.record}: {case.sentence}")
+def test_what_is_recorded(case: Recorded, tmp_path: Path) -> None:
+    expected = [{"labels": selector(dict(labels)), "value": value} for labels, value in case.samples.items()]
+    # Rounded: the values of rate() carry errors of the last binary digits.
+    check = {"expr": f"round({case.record}, 1e-6)", "eval_time": case.at}
+    assert promtool(tmp_path, case.world, promql_expr_test=[{**check, "exp_samples": expected}]) == ""
+
+
+def test_every_recording_rule_has_a_case_with_a_sample() -> None:
+    recorded = {rule["record"] for rule in LISTED if "record" in rule}
+    assert recorded == {case.record for case in RECORDED if case.samples}
 
 
 # -- what an alert tells
