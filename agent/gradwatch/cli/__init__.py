@@ -37,6 +37,7 @@ class Command:
 COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
     "Watch": (
         Command("demo", "train a small LSTM for a minute with everything on", "demo"),
+        Command("run", "run a training as its parent: signals, true exit code, agent beside it"),
         Command("agent", "tail journals; serve /metrics and a status page; upload to MLflow"),
         Command("bridge", "MLflow history as metrics; alerts into MLflow tags and Grafana; one for all runs"),
     ),

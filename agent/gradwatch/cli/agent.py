@@ -114,6 +114,8 @@ def command(
     agent.address = server.address
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
+    # Whoever started us may wait for signals with these blocked, and a process inherits that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     # What a former agent counted is counted again before anybody can see less of it.
     agent.catch_up()
     server.start()

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradwatch.collect.combine import GlobalNorms
 from gradwatch.collect.fold import RunFold, Told
-from gradwatch.collect.life import Motion, untold_end
+from gradwatch.collect.life import Motion, sigterm_stack, true_end, untold_end
 from gradwatch.collect.model import RunEnd, RunFacts
 from gradwatch.collect.rows import Rows
 from gradwatch.collect.tail import Polled, RankTail
@@ -216,7 +216,9 @@ class RunTail:
         view = self.views[tail.rank]
         assert tail.manifest is not None
         time, step = view.last_time or tail.manifest.start_time, -1 if view.step is None else view.step
-        self.end = tail.end or untold_end(tail.manifest, self._boot_id, time, step)
+        untold = untold_end(tail.manifest, self._boot_id, time, step)
+        stack = sigterm_stack(tail.path) if tail.end is None and tail.path is not None else ""
+        self.end = true_end(tail.end, tail.word, stack, tail.manifest, untold)
 
     def last_rows(self) -> dict[str, list[float]]:
         """The last steps of the lead rank's present attempt, column by column; empty where its journal is gone."""

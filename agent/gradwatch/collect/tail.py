@@ -10,11 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 from gradwatch.collect.combine import is_sharded
-from gradwatch.collect.life import told_end
+from gradwatch.collect.life import is_settled, parents_word, told_end
 from gradwatch.collect.line import Line, Progress
 from gradwatch.collect.model import RunEnd
 from gradwatch.collect.rows import Rows
 from gradwatch.journal import JournalError, JournalReader, PayloadRows
+from gradwatch.journal.exits import Exit
 from gradwatch.journal.layout import LOCK
 from gradwatch.journal.liveness import is_locked
 from gradwatch.journal.manifest import Manifest
@@ -27,6 +28,8 @@ MAX_BACKOFF: Final = 30.0
 GIVE_UP_SECONDS: Final = 10.0
 #: For how long a writer that has told its end may still hold its lock.
 LINGER_SECONDS: Final = 2.0
+#: For how long the parent's word is waited for, once the process that it started is gone.
+PARENT_SECONDS: Final = 2.0
 #: Tensors that are named for one broken row, and broken rows that are remembered.
 _NAMED: Final = 8
 _BROKEN_ROWS: Final = 128
@@ -58,6 +61,8 @@ class RankTail:
     trouble: str = ""
     #: The end that the present (or last) attempt told.
     end: RunEnd | None = None
+    #: What the parent of the present (or last) attempt's process told of its end.
+    word: Exit | None = None
     manifest: Manifest | None = None
     #: Row of ``steps.ring`` -> names of tensors that were not finite there.
     broken: dict[int, list[str]] = field(default_factory=dict)
@@ -75,6 +80,7 @@ class RankTail:
     _backoff: float = 0.25
     _troubled_since: float | None = None
     _quiet_since: float | None = None
+    _gone_since: float | None = None
     _superseded_since: float | None = None
 
     def offer(self, attempt: int, path: Path) -> bool:
@@ -134,7 +140,7 @@ class RankTail:
     def _is_over(self) -> bool:
         """Nothing came: whether nothing can come any more."""
         if not self.alive:
-            return True
+            return self._parent_has_spoken()
         superseded = any(attempt > self.attempt for attempt in self._places)
         if self.end is None and not superseded:
             self._quiet_since = None
@@ -142,6 +148,17 @@ class RankTail:
         if self._quiet_since is None:
             self._quiet_since = self.clock()
         return self.clock() - self._quiet_since > LINGER_SECONDS
+
+    def _parent_has_spoken(self) -> bool:
+        """The process is gone: whether its parent told how, cannot know better, or had its time."""
+        assert self.manifest is not None
+        path = self.path
+        if not self.manifest.parent or is_settled(self.end) or path is None:
+            return True
+        if self._gone_since is None:
+            self._gone_since = self.clock()
+        self.word = parents_word(self.manifest, path)
+        return self.word is not None or self.clock() - self._gone_since > PARENT_SECONDS
 
     def _is_outlived(self) -> bool:
         """Whether a later attempt has been there for a while: it speaks for the run, though this one's writer lives."""
@@ -170,6 +187,7 @@ class RankTail:
         if resumed:
             return None
         self.line, self.end, self.broken = Line(), None, {}
+        self.word, self._gone_since = None, None
         if self.rank == 0 and self.sharded and reader.manifest.world_size > 1:
             self.line.global_norm = _not_yet
         return reader.manifest
