@@ -157,7 +157,7 @@ def parts(steps: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in [*calls, "a sampled step, all in all"]}
     for _ in range(steps):
         took = 0.0
-        sampled = is_sampled(probe.step)
+        sampled = is_sampled(probe.taken)
         for name, call in calls.items():
             busy()
             began = perf_counter()

@@ -448,3 +448,33 @@ def test_a_finding_repeats_ever_more_rarely_with_its_count(watch: Watch, read: R
         optimizer.zero_grad()
     counts = [e["evidence"]["count"] for e in read(run).events if e.get("code") == "clip-before-backward"]
     assert counts == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_batch_given_up_is_no_micro_batch(watch: Watch, read: Read) -> None:
+    def loop(model: nn.Sequential, optimizer: torch.optim.Optimizer, step: int) -> None:
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        clip(model)
+        if step % 3 == 1:
+            return  # a bad batch: the next one begins anew
+        optimizer.step()
+
+    assert train(watch, read, loop, max_norm=0.1) == {}
+
+
+def test_autograd_grad_is_no_backward_pass(watch: Watch, read: Read) -> None:
+    def loop(model: nn.Sequential, optimizer: torch.optim.Optimizer, step: int) -> None:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, model.parameters(), create_graph=True))
+        (loss + 1e-3 * penalty).backward()
+        clip(model)
+        torch.autograd.grad(loss_of(model), list(model.parameters()))
+        optimizer.step()
+
+    assert train(watch, read, loop, max_norm=0.1) == {}
+
+
+def test_a_resumed_run_is_checked_from_its_own_beginning(watch: Watch, read: Read) -> None:
+    found = train(watch, read, branching(0), steps=210, initial_step=1000)
+    assert set(found) == {"gradients-missing"}

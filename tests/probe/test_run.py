@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
+import multiprocessing.reduction
 import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -549,3 +553,248 @@ def test_a_loss_that_is_nan_is_told_from_one_that_was_not_logged(watch: Watch, r
     loss = read(run).steps["loss"]
     assert np.isnan(loss).tolist() == [False, True, True]
     assert np.signbit(loss).tolist() == [False, False, True]
+
+
+def test_what_a_loop_logs_wrongly_costs_that_call_and_nothing_else(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = watch(model, optimizer)
+    with pytest.warns(RuntimeWarning, match="log_validation was given what it cannot use"):
+        run.log_validation(auc=None)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(30):
+            loss = backward(model)
+            run.log_clip(0.5, torch.tensor(1.0))  # type: ignore[arg-type]
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log_train(loss=loss, correct=torch.ones(3 + step % 2))
+            run.log_validation(auc=None)  # type: ignore[arg-type]
+            run.log_slo("latency", good=math.nan)  # type: ignore[arg-type]
+            run.load_state_dict(None)  # type: ignore[arg-type]
+    events = read(run)
+    assert len(events.steps) == 30
+    assert np.isfinite(events.steps["loss"]).all()
+    assert events.events[-1]["kind"] == "end"
+
+
+def test_restored_state_brings_its_own_rates(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    other = torch.optim.SGD(mlp().parameters(), lr=10.0, weight_decay=0.5)
+    run = watch(model, optimizer)
+    backward(model)
+    optimizer.step()
+    optimizer.load_state_dict(other.state_dict())
+    backward(model)
+    optimizer.step()
+    rows = read(run).steps
+    assert rows["lr_0"].tolist() == [1e-3, 10.0]
+    assert rows["wd_0"].tolist() == [0.0, 0.5]
+
+
+def test_tensors_without_a_column_count_in_the_global_norm(
+    watch: Watch, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradwatch.probe.start.MAX_TENSORS", 2)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    truth = []
+    for clips in (False, True):
+        optimizer.zero_grad()
+        backward(model)
+        truth.append(flat_norm(list(model.parameters())))
+        if clips:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    events = read(run)
+    np.testing.assert_allclose(events.steps["grad_norm"], truth, rtol=1e-6)
+    np.testing.assert_allclose(events.steps["grad_norm_l2"], truth, rtol=1e-6)
+    assert events.tensors.values.shape == (2, 2)
+
+
+def test_a_second_clip_multiplies(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    backward(model, 5.0)
+    truth = flat_norm(list(model.parameters()))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    after = flat_norm(list(model.parameters()))
+    optimizer.step()
+    rows = read(run).steps
+    assert rows["grad_norm"][0] == pytest.approx(truth, rel=1e-6)
+    assert rows["clip_coefficient"][0] == pytest.approx(after / truth, rel=1e-5)
+
+
+def test_overlapping_clips_take_each_tensor_once(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    backward(model, 5.0)
+    truth = flat_norm(list(model.parameters()))
+    first = [*model[0].parameters(), *model[2].parameters()]
+    torch.nn.utils.clip_grad_norm_(first, 0.5)
+    torch.nn.utils.clip_grad_norm_([*model[2].parameters(), *model[4].parameters()], 0.5)
+    optimizer.step()
+    assert read(run).steps["grad_norm_l2"][0] == pytest.approx(truth, rel=1e-5)
+
+
+def test_the_norm_before_a_clip_by_value_stays_the_norm_when_a_clip_by_norm_follows(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    backward(model, 5.0)
+    truth = flat_norm(list(model.parameters()))
+    torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    optimizer.step()
+    rows = read(run).steps
+    assert rows["grad_norm"][0] == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_clip_by_value_of_one_micro_batch_leaves_the_norm_of_the_step(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    backward(model)
+    torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    backward(model, 5.0)
+    truth = flat_norm(list(model.parameters()))
+    optimizer.step()
+    assert read(run).steps["grad_norm"][0] == pytest.approx(truth, rel=1e-5)
+
+
+def test_settings_that_are_none_are_unknown(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+    optimizer.param_groups[0]["lr"] = None
+    group = optimizer.param_groups[0]
+
+    def apply(*_: object) -> None:
+        group["lr"] = 1e-3
+
+    def forget(*_: object) -> None:
+        group["lr"] = None
+
+    backward(model)
+    group["lr"] = 1e-3
+    optimizer.register_step_post_hook(apply)
+    optimizer.step()
+    group["lr"] = None
+    run._session.probes[0]._read_groups(host := [0.0] * 64)  # type: ignore[union-attr]
+    assert math.isnan(host[8])
+    forget()
+    apply()
+    assert len(read(run).steps) == 1
+
+
+def test_lbfgs_with_its_clip_inside_the_closure(watch: Watch, read: Read) -> None:
+    model = nn.Linear(5, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    run = watch(model, optimizer)
+    truth: list[list[float]] = []
+    x, y = batch()
+    for _ in range(3):
+        truth.append([])
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            truth[-1].append(flat_norm(list(model.parameters())))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            return loss
+
+        optimizer.step(closure)
+    rows = read(run).steps
+    np.testing.assert_allclose(rows["grad_norm"], [evaluations[0] for evaluations in truth], rtol=1e-5)
+    np.testing.assert_array_equal(rows["clip_threshold"], 0.3)
+
+
+def test_scalers_of_others_leave_the_norm_alone(watch: Watch, read: Read) -> None:
+    model, other = mlp(), mlp()
+    optimizer, theirs = (torch.optim.SGD(m.parameters(), lr=1e-3) for m in (model, other))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(2):
+        scaler.scale(nn.functional.mse_loss(other(batch()[0]), batch()[1])).backward()
+        scaler.step(theirs)
+        scaler.update()
+    run = watch(model, optimizer)
+    truth = []
+    for _ in range(3):
+        scaler.scale(nn.functional.mse_loss(other(batch()[0]), batch()[1])).backward()
+        scaler.unscale_(theirs)
+        optimizer.zero_grad()
+        backward(model)
+        truth.append(flat_norm(list(model.parameters())))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        scaler.step(theirs)
+        scaler.update()
+    events = read(run)
+    np.testing.assert_allclose(events.steps["grad_norm"], truth, rtol=1e-5)
+    assert not [e for e in events.events if e.get("code") == "clip-scaled-gradients"]
+
+
+def test_watching_an_optimizer_anew_ends_its_former_run(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    former = watch(model, optimizer)
+    run = watch(model, optimizer)
+    assert not former.active
+    backward(model)
+    optimizer.step()
+    assert len(read(run).steps) == 1
+    assert read(former).events[-1]["reason"] == "watched again"
+
+
+def test_a_watched_model_pickles_as_it_would(watch: Watch) -> None:
+    model = mlp()
+    watch(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        multiprocessing.reduction.ForkingPickler.dumps(model)
+        copy.deepcopy(model)
+
+
+def test_forked_workers_leave_the_journal_alone(watch: Watch, read: Read) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = watch(model, optimizer)
+
+    class Trains(torch.utils.data.Dataset[torch.Tensor]):
+        """A data set whose workers do to the forked run what a training does."""
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            if torch.utils.data.get_worker_info() is not None:
+                backward(model)
+                optimizer.step()
+                run.log_train(loss=-1.0)
+                run.log_validation(loss=-1.0)
+            return torch.tensor(float(index))
+
+    loader = torch.utils.data.DataLoader(Trains(), num_workers=2, multiprocessing_context="fork")
+    for _ in range(2):
+        for _ in loader:
+            loss = backward(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log_train(loss=loss)
+    events = read(run)
+    assert events.steps.step.tolist() == list(range(16))
+    assert (events.steps["loss"] > 0).all()
+    assert [e["kind"] for e in events.events if e["kind"] == "validation"] == []
+
+
+def test_arguments_in_the_wrong_order_are_told_in_words(watch: Watch) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(TypeError, match=r"the order is watch\(model, optimizer\)"):
+        watch(optimizer, model)

@@ -49,6 +49,16 @@ class Settings:
         return {"*": float(budget)}
 
 
+def models_of(model: object) -> list[torch.nn.Module]:
+    """The model, or several, as a list."""
+    if isinstance(model, torch.nn.Module):
+        return [model]
+    if isinstance(model, Sequence) and model and all(isinstance(part, torch.nn.Module) for part in model):
+        return list(model)
+    hint = "; the order is watch(model, optimizer)" if isinstance(model, Optimizer) else ""
+    raise TypeError(f"model: expected a torch.nn.Module, or a sequence of them, got {type(model).__name__}{hint}")
+
+
 def named_optimizers(optimizer: object) -> dict[str, list[Optimizer]]:
     """Optimizers by name, each as a list of its parts; wrappers (Accelerate's and the like) are taken off."""
     if isinstance(optimizer, Mapping):
@@ -98,8 +108,6 @@ def number(name: str, value: object, low: float = 0.0, high: float = math.inf) -
 
 def check(settings: Settings) -> Settings:
     """Hold every argument against what it must be. Raises ``TypeError`` or ``ValueError``."""
-    if not settings.models or not all(isinstance(m, torch.nn.Module) for m in settings.models):
-        raise TypeError("model: expected a torch.nn.Module, or a sequence of them")
     if settings.model_name is not None and not isinstance(settings.model_name, str):
         raise TypeError(f"model_name: expected text, got {type(settings.model_name).__name__}")
     if settings.max_norm is not None:

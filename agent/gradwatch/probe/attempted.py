@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.probe import columns as col
+from gradwatch.probe.norms import FOREIGN, UNLISTED
 
 #: torch's clip divides by the norm plus this (torch.nn.utils.clip_grad).
 EPSILON = 1e-6
@@ -56,6 +57,8 @@ class Measured:
     norms: Tensor
     #: What the gradients were still multiplied with (fused optimizers unscale inside), else None.
     scale: Tensor | float | None = None
+    #: Whether it was taken before every clip (in front of a clip by value), and not at the step.
+    first: bool = False
 
 
 @dataclass(slots=True)
@@ -128,7 +131,7 @@ def clip_columns(clips: list[Clip]) -> tuple[int, float]:
         flags |= col.LOGGED_CLIP
     if any(clip.scale is not None for clip in binding):
         flags |= col.UNSCALED_HERE
-    if any(not clip.whole for clip in binding):
+    if any(not clip.whole or (clip.columns == FOREIGN).any() for clip in binding):
         flags |= col.CLIPPED_IN_PARTS
     return flags, min(clip.max_norm for clip in binding)
 
@@ -141,47 +144,86 @@ def derive(
     measured: npt.NDArray[Any] | None,
     columns: npt.NDArray[np.intp] | None,
     payload: npt.NDArray[np.float32],
+    first: bool = False,
 ) -> Outcome:
     """Work out a row's numbers from values that are on the host now, and fill ``payload`` with tensors' norms.
 
     ``totals``, ``norms`` and ``scales`` belong to ``clips`` one by one (scale 1
     where gradients were unscaled); ``measured`` are norms taken at the step,
-    behind every clip. Several clips: one that covers columns which a former
+    behind every clip, or before every clip where ``first``. Several clips: one that covers columns which a former
     one covered clipped them again, so their coefficients multiply and the
     norms of the first are the pre-clip ones; clips of different parts combine
     as the root of the sum of squares.
     """
     outcome = Outcome()
-    before = np.zeros(len(payload))
-    seen = np.zeros(len(payload), dtype=np.bool_)
-    factor = np.ones(len(payload))
-    squares = 0.0
+    tally = _Tally(payload)
+    before_clips = measured is not None and columns is not None and first
+    if before_clips:
+        tally.take(columns, measured, 1.0)  # type: ignore[arg-type]
+    squares, joint = 0.0, False
+    bounded = np.zeros(len(payload), dtype=np.bool_)
     bound: float | None = None
     for clip, total, values, scale in zip(clips, totals, norms, scales):
         at = clip.columns[clip.columns >= 0]
-        again = len(at) > 0 and bool(seen[at].all())
-        if values is not None and not again:
-            before[at] = np.asarray(values, dtype=np.float64)[clip.columns >= 0] / scale
-            seen[at] = True
+        new = bool((~tally.seen[at]).any()) or not len(at)
+        joint |= bool((clip.columns == FOREIGN).any())
+        if values is not None:
+            tally.take(clip.columns, values, scale)
+        if new or values is None:
+            squares += (total / scale) ** 2
         if math.isfinite(clip.max_norm):
             value = coefficient(total, clip.max_norm)
-            factor[at] *= value
-            if bound is None or value < bound or math.isnan(value):
-                bound = value
-        if not again:
-            squares += (total / scale) ** 2
-    outcome.clip_coefficient = math.nan if bound is None else bound
-    if measured is not None and columns is not None:
-        at = columns[columns >= 0]
-        missing = ~seen[at]
+            tally.factor[at] *= value
+            bounded[at] = True
+            bound = value if bound is None or math.isnan(value) else bound * value if not new else min(bound, value)
+    if bound is not None:
+        outcome.clip_coefficient = float(tally.factor[bounded].min()) if bounded.any() else bound
+    if measured is not None and columns is not None and not first:
         # Measured behind the clips: what they put on it is divided out again.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.asarray(measured, dtype=np.float64)[columns >= 0]
-            before[at[missing]] = values[missing] / factor[at[missing]]
-        seen[at] = True
-    finite = np.isfinite(before)
-    outcome.nonfinite = int(np.count_nonzero(seen & ~finite))
-    outcome.grad_norm_l2 = math.sqrt(float(np.dot(before, before))) if seen.any() else math.nan
-    outcome.grad_norm = math.sqrt(squares) if clips else outcome.grad_norm_l2
-    payload[:] = np.where(seen, np.where(finite, before, np.inf), np.nan)
+        tally.take(columns, measured, 1.0)
+    outcome.nonfinite = tally.nonfinite
+    outcome.grad_norm_l2 = tally.l2
+    # The total of a clip that covered parameters of others too is not this optimizer's norm.
+    outcome.grad_norm = math.sqrt(squares) if clips and not joint and not before_clips else outcome.grad_norm_l2
+    tally.fill(payload)
     return outcome
+
+
+class _Tally:
+    """Norms of one row's tensors before any clip: each is taken once, from whoever measured it first."""
+
+    def __init__(self, payload: npt.NDArray[np.float32]) -> None:
+        self.before = np.zeros(len(payload))
+        self.seen = np.zeros(len(payload), dtype=np.bool_)
+        #: What clips have put on each tensor so far.
+        self.factor = np.ones(len(payload))
+        self._rest: float | None = None
+
+    def take(self, columns: npt.NDArray[np.intp], values: npt.NDArray[Any], scale: float) -> None:
+        """Take norms in for the tensors that have none yet; those without a column count in the global norm."""
+        norms = np.asarray(values, dtype=np.float64) / scale
+        known = columns >= 0
+        at = columns[known]
+        new = ~self.seen[at]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.before[at[new]] = norms[known][new] / self.factor[at[new]]
+        self.seen[at] = True
+        if self._rest is None and (columns == UNLISTED).any():
+            self._rest = float(np.sum(norms[columns == UNLISTED] ** 2))
+
+    @property
+    def nonfinite(self) -> int:
+        rest = self._rest is not None and not math.isfinite(self._rest)
+        return int(np.count_nonzero(self.seen & ~np.isfinite(self.before))) + rest
+
+    @property
+    def l2(self) -> float:
+        """The global L2 norm of what was taken in; NaN of nothing."""
+        if not self.seen.any() and self._rest is None:
+            return math.nan
+        return math.sqrt(float(np.dot(self.before, self.before)) + (self._rest or 0.0))
+
+    def fill(self, payload: npt.NDArray[np.float32]) -> None:
+        """The row of ``tensors.ring``: NaN for no gradient, infinity for one that is not finite."""
+        finite = np.where(np.isfinite(self.before), self.before, np.inf)
+        payload[:] = np.where(self.seen, finite, np.nan)

@@ -40,9 +40,15 @@ class BackwardWatch:
 
 
 class _Hook:
+    """Two hooks on one parameter: what a pass adds to is seen before, that it added is seen behind.
+
+    The first alone would take ``torch.autograd.grad`` for a backward pass, which
+    runs it and accumulates nothing.
+    """
+
     def __init__(self, probe: OptimizerProbe, contracts: Contracts) -> None:
         self._probe, self._contracts = probe, contracts
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._turn = 0
 
     def move(self) -> None:
@@ -54,24 +60,45 @@ class _Hook:
         self._turn += 1
         chosen: Any = candidates[-(self._turn % len(candidates))]
         self._probe.watched = chosen
-        self._handle = chosen.register_hook(self._seen(chosen))
+        begins, accumulated = self._observers(chosen)
+        self._handles = [chosen.register_hook(begins), chosen.register_post_accumulate_grad_hook(accumulated)]
 
-    def _seen(self, parameter: Tensor) -> Callable[[Tensor], None]:
+    def _observers(self, parameter: Tensor) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
         probe, contracts = self._probe, self._contracts
         aside = probe.session.aside
+        cleared, asked = False, None
 
-        def seen(_: Tensor) -> None:
-            if aside.off:
+        def begins(_: Tensor) -> None:
+            nonlocal cleared, asked
+            if aside.off or probe.frozen:
                 return
             try:
-                contracts.backward(probe, parameter)
+                cleared = parameter.grad is None
+                asked = None if cleared else contracts.ask(probe, parameter)
             except Exception as error:
                 aside.failed(error, "observing a backward pass")
-            probe.attempted.backwards += 1
 
-        return seen
+        def accumulated(_: Tensor) -> None:
+            if aside.off or probe.frozen:
+                return
+            try:
+                attempted = probe.attempted
+                if cleared and attempted.backwards:
+                    # Gradients were cleared without a step: what was seen of them belongs to nothing.
+                    attempted.clear()
+                    contracts.given_up(probe)
+                attempted.measured = None
+                contracts.backward(probe, cleared, asked)
+                attempted.backwards += 1
+            except Exception as error:
+                aside.failed(error, "observing a backward pass")
+
+        for hook in (begins, accumulated):
+            # A model is pickled for other processes without its hooks, as torch says, and without its warning.
+            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]
+        return begins, accumulated
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

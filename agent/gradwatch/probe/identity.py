@@ -161,7 +161,7 @@ def _run_id(model_name: str, env: Mapping[str, str], place: Identity) -> tuple[s
             f"{place.world_size} ranks on several nodes share no run id; each node records a run of its own. "
             "Set GRADWATCH_RUN to the same value on all of them"
         )
-    launcher = _launcher()
+    launcher = _launcher(env)
     if launcher is None:
         if not warning:
             warning = "the ranks share no run id; set GRADWATCH_RUN to the same value on all of them"
@@ -187,9 +187,10 @@ def _slurm_id(env: Mapping[str, str]) -> str:
     return "-".join(part for part in parts if part)
 
 
-def _launcher() -> tuple[float, str] | None:
-    """When the parent process started and a fingerprint of it, or None where it is no launcher."""
-    parent = os.getppid()
+def _launcher(env: Mapping[str, str]) -> tuple[float, str] | None:
+    """When the launcher started and a fingerprint of it, or None where there is none: the parent process,
+    or who ``GRADWATCH_LAUNCHER_PID`` says (where one rank starts the others, it is not their parent's child)."""
+    parent = _integer(env, "GRADWATCH_LAUNCHER_PID") or os.getppid()
     if parent <= 1:  # an init is the parent of everything that lost its own
         return None
     try:

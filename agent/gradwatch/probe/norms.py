@@ -15,6 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+#: Stands for a column: of a tensor of another optimizer, or of one of this optimizer that has none.
+FOREIGN: Final = -2
+UNLISTED: Final = -1
 #: Dtypes whose own norm is coarse or overflows: they are measured in float32.
 LOW_PRECISION: Final = frozenset({torch.float16, torch.bfloat16})
 
@@ -82,12 +85,12 @@ class Columns:
         return id(parameter) in self._column
 
     def of(self, parameters: list[Tensor]) -> tuple[npt.NDArray[np.intp], bool]:
-        """Columns of those parameters that are known, and whether all of them are and are all there are."""
+        """Columns of those parameters (or what stands for one), and whether every parameter known is among them."""
         for known, columns, whole in self._known:
             if len(known) == len(parameters) and all(map(is_, known, parameters)):
                 return columns, whole
-        found = [self._column.get(id(p), -1) for p in parameters]
+        found = [self._column.get(id(p), FOREIGN) for p in parameters]
         columns = np.array(found, dtype=np.intp)
-        whole = len(set(found)) == len(self._column) == len(found) and -1 not in found
+        whole = len({id(p) for p in parameters} & self._column.keys()) == len(self._column)
         self._known = [(list(parameters), columns, whole), *self._known[:7]]
         return columns, whole

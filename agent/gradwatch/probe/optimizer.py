@@ -58,7 +58,8 @@ class OptimizerProbe:
         self.taken = 0
         self._backwards = 0
         self._started = False
-        self._group_count = -1
+        #: Whether more evaluations of a closure follow than the one that is the step's gradient.
+        self.frozen = False
         self._handles: list[Any] = []
         #: The parameter whose backward passes are counted.
         self.watched: Tensor | None = None
@@ -73,13 +74,14 @@ class OptimizerProbe:
         self.parameters: list[Tensor] = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         self.columns = Columns(self.parameters, [self._positions.get(id(p), -1) for p in self.parameters])
         self.groups: list[dict[str, Any]] = [g for o in self.optimizers for g in o.param_groups]
-        self._group_count = sum(len(o.param_groups) for o in self.optimizers)
+        self._lists = {id(o): (o.param_groups, len(o.param_groups)) for o in self.optimizers}
         self._host: list[float] = [math.nan] * len(self.session.columns.host)
         self._host[0] = self.index
         first = len(col.HOST)
         #: Groups that have columns, and where their rate and decay stand in a row.
         self._slots = [
-            (group, first + i, first + self._groups + i) for i, group in enumerate(self.groups[: self._groups])
+            (group, group["params"], first + i, first + self._groups + i)
+            for i, group in enumerate(self.groups[: self._groups])
         ]
 
     def attach(self) -> None:
@@ -120,6 +122,8 @@ class OptimizerProbe:
 
     def saw_clip(self, event: ClipEvent, wide: list[Tensor] | None, scale: Tensor | float | None) -> None:
         """A clip by norm that touched some of this optimizer's parameters; ``wide`` are its norms in float32."""
+        for optimizer in self.optimizers:
+            self._keep_up(optimizer)
         parameters, grads = event.parameters, event.grads
         if len(grads) != len(parameters):
             parameters = [p for p in parameters if p.grad is not None]
@@ -140,6 +144,7 @@ class OptimizerProbe:
         clip.watched = whole or any(p is self.watched for p in parameters)
         clip.plain = (
             whole
+            and len(columns) == len(self.parameters)
             and norms is not None
             and norm_type == 2.0
             and scale is None
@@ -166,6 +171,8 @@ class OptimizerProbe:
         self._keep_clip(clip)
 
     def _keep_clip(self, clip: Clip) -> None:
+        if self.frozen:
+            return
         clips = self.attempted.clips
         if len(clips) >= 1024:  # clips for ever and never a step: only the newest can matter
             del clips[:512]
@@ -201,6 +208,7 @@ class OptimizerProbe:
                     self.attempted.flags |= col.IN_CLOSURE
                     for optimizer in self.optimizers:
                         self.ready(optimizer)
+                    self.frozen = True
                 except Exception as error:
                     self.session.aside.failed(error, "measuring inside the closure")
             return loss
@@ -213,35 +221,37 @@ class OptimizerProbe:
         """Gradients are as the optimizer will use them: measure what no clip measured, copy at a sampled step."""
         if not self._started:
             self._start(optimizer)
-        if len(optimizer.param_groups) != self._group_count and self._group_was_added():
-            self.session.group_added(self)
-            self.refresh()
+        self._keep_up(optimizer)
         attempted = self.attempted
         clips = attempted.clips
         # A clip of every parameter measured every parameter; anything less is completed here.
         if not (
             clips and clips[-1].whole and clips[-1].norms is not None and clips[-1].backwards == attempted.backwards
-        ) and (attempted.measured is None):
+        ) and (attempted.measured is None and (clips or not self.session.look_for_traces())):
             self.measure(optimizer)
         session = self.session
         session.contracts.before_step(self)
-        if is_sampled(self.step) and not self._sampling_off and len(self._stepped) == 0:
+        if is_sampled(self.taken) and not self._sampling_off and len(self._stepped) == 0:
             self._begin_sample()
+
+    def _keep_up(self, optimizer: Optimizer) -> None:
+        """Take in groups that were added, or that ``load_state_dict`` put in the place of others."""
+        groups, count = self._lists.get(id(optimizer), (None, 0))
+        if optimizer.param_groups is not groups or len(groups) != count:
+            self.session.group_added(self)
+            self.refresh()
 
     def start_at(self, step: int) -> None:
         """Number the next step ``step``: a resumed training goes on counting."""
         self.step, self._started = step, True
-
-    def _group_was_added(self) -> bool:
-        return self._group_count != sum(len(o.param_groups) for o in self.optimizers)
 
     def _start(self, optimizer: Optimizer) -> None:
         self._started = True
         if self.step == 0:
             self.step = steps_taken(optimizer)
 
-    def measure(self, optimizer: Optimizer) -> None:
-        """Take the norms of the gradients that ``optimizer`` is about to use."""
+    def measure(self, optimizer: Optimizer, first: bool = False) -> None:
+        """Take the norms of the gradients that ``optimizer`` is about to use; ``first``: before every clip."""
         parameters = self.parameters
         if len(self.optimizers) > 1:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -251,7 +261,7 @@ class OptimizerProbe:
         columns, _ = self.columns.of(with_grad)
         norms = stack(l2_norms([p.grad for p in with_grad if p.grad is not None]))
         scale = getattr(optimizer, "grad_scale", None)
-        measured = Measured(columns, norms, scale)
+        measured = Measured(columns, norms, scale, first)
         if len(self.optimizers) > 1:
             self.attempted.parts.append(measured)
         else:
@@ -325,7 +335,8 @@ class OptimizerProbe:
         session = self.session
         attempted, train = self.attempted, session.train
         self._backwards = attempted.backwards
-        if attempted.backwards == 0 and is_sampled(self.step):
+        self.frozen = False
+        if attempted.backwards == 0 and is_sampled(self.taken):
             session.backward.unseen(self)
         clips = attempted.clips
         self.last_clip = clips[-1] if clips and clips[-1].max_norm < math.inf else None
@@ -339,7 +350,7 @@ class OptimizerProbe:
         loss = train.take_loss()
         if (
             plain
-            and session.scaler is None
+            and session.scaler_of(self) is None
             and loss.__class__ is not Tensor
             and session.recorder.write_plain(self.step, host, attempted, logged(loss))  # type: ignore[arg-type]
         ):
@@ -347,19 +358,24 @@ class OptimizerProbe:
             return
         self.attempted = Attempted()
         clips = attempted.effective_clips()
-        scale, rates = session.loss_scale(), self._tensor_rates_now()
+        scale, rates = session.loss_scale(self), self._tensor_rates_now()
         row = Row(self.index, self.step, attempted, clips, loss, scale, found_inf, rates)
         session.recorder.write(row, host)
 
     def _read_groups(self, host: list[float]) -> bool:
         """Put rates and decays into their columns; False where a rate is on a device and travels with its values."""
         plain = True
-        for group, rate_at, decay_at in self._slots:
-            rate = group["lr"]
-            if rate.__class__ is not float and isinstance(rate, Tensor):
-                rate, plain = (rate.item(), plain) if rate.device.type == "cpu" else (math.nan, False)
+        for group, params, rate_at, decay_at in self._slots:
+            if group["params"] is not params:
+                self._lists = {}  # others were put in their place: taken in before the next step
+            rate, decay = group.get("lr"), group.get("weight_decay")
+            if rate.__class__ is not float:
+                if isinstance(rate, Tensor) and rate.device.type != "cpu":
+                    rate, plain = math.nan, False
+                else:
+                    rate = _number(rate)
             host[rate_at] = rate
-            host[decay_at] = group.get("weight_decay", math.nan)
+            host[decay_at] = decay if decay.__class__ is float else _number(decay)
         return plain
 
     def _tensor_rates_now(self) -> list[Tensor | float]:
@@ -368,6 +384,14 @@ class OptimizerProbe:
             return []
         rates = [group["lr"] for group in self.groups[: self._groups]]
         return [r.clone() if isinstance(r, Tensor) and r.device.type != "cpu" else math.nan for r in rates]
+
+
+def _number(value: object) -> float:
+    """A setting of a group as a column holds it; NaN where it has none or none that is a number."""
+    try:
+        return math.nan if value is None else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def needs_wide_norms(event: NormEvent) -> bool:

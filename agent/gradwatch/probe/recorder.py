@@ -198,11 +198,12 @@ class Recorder:
             totals.append(number(clip.total, math.nan))
             scales.append(number(clip.scale, 1.0))
             norms.append(next(landed) if clip.norms is not None else None)
-        measured, columns = None, None
+        measured, columns, first = None, None, False
         if row.attempted.measured is not None:
             scale = number(row.attempted.measured.scale, 1.0)
             measured, columns = next(landed) / scale, row.attempted.measured.columns
-        outcome = derive(row.clips, totals, norms, scales, measured, columns, self._tensors.payload)
+            first = row.attempted.measured.first
+        outcome = derive(row.clips, totals, norms, scales, measured, columns, self._tensors.payload, first)
         self.landed(row, outcome.grad_norm, outcome.grad_norm_l2)
         numbers = [outcome.grad_norm, outcome.grad_norm_l2, outcome.clip_coefficient, float(outcome.nonfinite)]
         device = [loss, *numbers, loss_scale, found_inf, *rates]

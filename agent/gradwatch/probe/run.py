@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.probe.arguments import Settings, check, named_optimizers, number
+from gradwatch.probe.arguments import Settings, check, models_of, named_optimizers
 from gradwatch.probe.aside import Aside
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def watch(
     """
     settings = check(
         Settings(
-            models=[model] if isinstance(model, torch.nn.Module) else list(model),
+            models=models_of(model),
             optimizers=named_optimizers(optimizer),
             model_name=model_name,
             max_norm=max_norm,
@@ -166,7 +166,7 @@ class Run:
             for name, value in metrics.items():
                 session.train.metric(name, value)
         except Exception as error:
-            session.aside.failed(error, "log_train")
+            session.aside.refused(error, "log_train")
 
     def log_validation(
         self,
@@ -191,7 +191,7 @@ class Run:
             better = {name: bool(value) for name, value in (higher_is_better or {}).items()}
             session.validation(metrics, str(slice), better, step)
         except Exception as error:
-            session.aside.failed(error, "log_validation")
+            session.aside.refused(error, "log_validation")
 
     def log_clip(self, total_norm: Tensor | float, max_norm: float, *, optimizer: str | None = None) -> None:
         """Report a clip that an engine did by itself (FSDP1, DeepSpeed), behind it and before the step.
@@ -204,15 +204,19 @@ class Run:
         try:
             for probe in session.probes:
                 if optimizer in (None, probe.name):
-                    probe.log_clip(total_norm, number("max_norm", max_norm))
+                    probe.log_clip(total_norm, float(max_norm))
         except Exception as error:
-            session.aside.failed(error, "log_clip")
+            session.aside.refused(error, "log_clip")
 
     def log_slo(self, slo: str, *, good: int = 0, bad: int = 0) -> None:
         """Count events of a service level, such as requests within their latency, for error budgets."""
         session = self._live()
-        if session is not None:
+        if session is None:
+            return
+        try:
             session.event("slo", slo=str(slo), good=int(good), bad=int(bad))
+        except Exception as error:
+            session.aside.refused(error, "log_slo")
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, optimizer: str | None = None) -> Tensor:
         """Clip the gradients of the watched parameters: ``torch.nn.utils.clip_grad_norm_`` over all of them.
@@ -238,10 +242,13 @@ class Run:
         session = self._live()
         if session is None:
             return
-        for probe in session.probes:
-            step = state.get("steps", {}).get(probe.name)
-            if isinstance(step, int) and step >= 0:
-                probe.start_at(step)
+        try:
+            for probe in session.probes:
+                step = state["steps"].get(probe.name)
+                if isinstance(step, int) and step >= 0:
+                    probe.start_at(step)
+        except Exception as error:
+            session.aside.refused(error, "load_state_dict")
 
     def finish(self, state: str = "finished", reason: str = "") -> None:
         """End the run: write what is under way, let go of hooks and seam. Calling it again does nothing."""

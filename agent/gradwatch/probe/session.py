@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradwatch.journal import JournalWriter
 from gradwatch.probe import columns as col
-from gradwatch.probe import metadata
+from gradwatch.probe import metadata, seam
 from gradwatch.probe import scaler as scalers
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.backward import BackwardWatch
@@ -62,11 +62,19 @@ class Session:
             for index, (name, members) in enumerate(optimizers.items())
         ]
         self.backward = BackwardWatch(self.probes, self.contracts)
-        self.scaler: GradScaler | None = None
-        self._scaled = False
+        self._scalers: dict[int, GradScaler] = {}
+        #: Scalers between a ``scale`` and their ``update``, and those that work for models not watched here.
+        self._scaled: set[int] = set()
+        self._elsewhere: set[int] = set()
+        self._scaler_of: dict[int, GradScaler] = {}
+        #: Whether a compiler has traced a clip: what it compiled is not seen.
+        self.traced = False
+        self._traced_before = seam.traced()
         self._wide: tuple[object, list[Tensor]] | None = None
         self._value_clip: list[Tensor] = []
         self._new_schedulers: list[LRScheduler] = []
+        #: Ends the run where its optimizer is watched anew; set when it has begun.
+        self.ended_by_successor: Callable[[], None] = lambda: None
         self._accumulation = 0
 
     # -- life
@@ -117,16 +125,19 @@ class Session:
         """A clip by value begins; at a sampled step, keep what the gradients were."""
         if self.aside.off:
             return None
+        sampled = False
         for probe in self.probes:
-            if any(p in probe.columns for p in event.parameters):
-                probe.attempted.value_threshold = float(event.clip_value)
-                probe.attempted.flags |= col.CLIPPED_BY_VALUE
-                if not probe.attempted.clips:
-                    # The gradient norm is that of the gradients before any clip.
-                    probe.measure(probe.optimizers[0])
-                if is_sampled(probe.step):
-                    return [p.grad.detach().clone() for p in event.parameters if p.grad is not None]
-        return None
+            if probe.frozen or not any(p in probe.columns for p in event.parameters):
+                continue
+            probe.attempted.value_threshold = float(event.clip_value)
+            probe.attempted.flags |= col.CLIPPED_BY_VALUE
+            if not probe.attempted.clips and probe.attempted.measured is None:
+                # The gradient norm is that of the gradients before any clip.
+                probe.measure(probe.optimizers[0], first=True)
+            sampled |= is_sampled(probe.taken)
+        if not sampled:
+            return None
+        return [p.grad.detach().clone() for p in event.parameters if p.grad is not None]
 
     def on_value_clip(self, event: ValueClipEvent, token: object | None) -> None:
         """Behind a clip by value: clamped fraction and cosine to the unclamped gradient, at a sampled step."""
@@ -148,13 +159,14 @@ class Session:
     # -- what the scaler reports
 
     def on_scale(self, scaler: GradScaler) -> None:
-        self.scaler, self._scaled = scaler, True
+        self._scalers[id(scaler)] = scaler
+        self._scaled.add(id(scaler))
 
     def on_unscale(self, scaler: GradScaler, optimizer: Optimizer) -> None:
-        self.scaler = scaler
+        self._meet(scaler, optimizer)
 
     def before_step(self, scaler: GradScaler, optimizer: Optimizer, fused: bool) -> None:
-        self.scaler = scaler
+        self._meet(scaler, optimizer)
 
     def after_step(self, scaler: GradScaler, optimizer: Optimizer, skipped: bool | Tensor | None) -> None:
         """An unfused step that was skipped called no hook of the optimizer: its row is written here."""
@@ -167,20 +179,40 @@ class Session:
             self.aside.failed(error, "recording a skipped step")
 
     def on_update(self, scaler: GradScaler) -> None:
-        self._scaled = False
+        self._scaled.discard(id(scaler))
 
-    def loss_scale(self) -> Tensor | float | None:
-        """The scaler's present scale, on its device; None where no scaler is in use."""
-        scale = None if self.scaler is None else scalers.loss_scale(self.scaler)
+    def _meet(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        """A scaler works for an optimizer: ours, or one of a model that nobody watches here."""
+        self._scalers[id(scaler)] = scaler
+        probe = self.probe_of(optimizer)
+        if probe is not None:
+            self._scaler_of[probe.index] = scaler
+        elif scaler not in self._scaler_of.values():
+            self._elsewhere.add(id(scaler))
+
+    def scaler_of(self, probe: OptimizerProbe) -> GradScaler | None:
+        """The scaler that steps this optimizer; before its first step, the only one that was seen."""
+        if not self._scalers:
+            return None
+        known = self._scaler_of.get(probe.index)
+        if known is not None:
+            return known
+        free = [scaler for key, scaler in self._scalers.items() if key not in self._elsewhere]
+        return free[0] if len(free) == 1 and not self._scaler_of else None
+
+    def loss_scale(self, probe: OptimizerProbe) -> Tensor | float | None:
+        """The present scale of an optimizer's scaler, on its device; None where there is none."""
+        scaler = self.scaler_of(probe)
+        scale = None if scaler is None else scalers.loss_scale(scaler)
         return None if scale is None else scale.clone()  # `update` changes it in place
 
     def _scale_of(self, probe: OptimizerProbe) -> Tensor | float | None:
         """The scale still in an optimizer's gradients: there was a ``scale`` and not yet an ``unscale_``."""
-        scaler = self.scaler
-        if scaler is None or not self._scaled:
+        scaler = self.scaler_of(probe)
+        if scaler is None or id(scaler) not in self._scaled:
             return None
         scaled = any(scalers.is_unscaled(scaler, optimizer) is False for optimizer in probe.optimizers)
-        return self.loss_scale() if scaled else None
+        return self.loss_scale(probe) if scaled else None
 
     # -- schedulers
 
@@ -188,6 +220,14 @@ class Session:
         """A scheduler was made after the run began: described at the next sampled step, when it is whole."""
         if not any(known is scheduler for known in self._new_schedulers):
             self._new_schedulers.append(scheduler)
+
+    def look_for_traces(self) -> bool:
+        """Whether clips may be hidden in compiled code; said once in an event."""
+        if not self.traced and seam.traced() != self._traced_before:
+            self.traced = True
+            reason = "torch.compile has traced a clip: the compiled code is not seen, norms of this run are unknown"
+            self.event("metadata", values={"unchecked.clips": reason})
+        return self.traced
 
     def learned(self, backwards: int) -> None:
         """Write what could not be known before the first step."""
@@ -206,7 +246,7 @@ class Session:
 
     def event(self, kind: str, **values: Any) -> None:
         """Append an event to the journal, stamped with time, row and step."""
-        if self.aside.off:
+        if self.aside.off and kind != "end":
             return
         head = {
             "kind": kind,
@@ -221,11 +261,11 @@ class Session:
 
     def group_added(self, probe: OptimizerProbe) -> None:
         """A parameter group came while training: its numbers are in an event, its tensors in the global norm only."""
-        for index, optimizer in enumerate(probe.optimizers):
-            for group in optimizer.param_groups[len(probe.groups) if index == 0 else 0 :]:
-                values = {k: v for k, v in group.items() if isinstance(v, int | float | str | bool)}
-                values["parameters"] = sum(p.numel() for p in group["params"])
-                self.event("group", optimizer=probe.name, group=len(probe.groups), values=values)
+        groups = [group for optimizer in probe.optimizers for group in optimizer.param_groups]
+        for index in range(len(probe.groups), len(groups)):
+            values = {k: v for k, v in groups[index].items() if isinstance(v, int | float | str | bool)}
+            values["parameters"] = sum(p.numel() for p in groups[index]["params"])
+            self.event("group", optimizer=probe.name, group=index, values=values)
 
     def write_sample(self, probe: OptimizerProbe, sample: Sample, found_inf: Tensor | None) -> None:
         """Bring a finished sample to the host and write its row; a skipped step has no update ratio."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ os.register_at_fork(after_in_child=_inert_in_child)
 
 def begin(settings: Settings, aside: Aside) -> Run:
     """Start recording. Raises ``OSError`` or whatever else went wrong; nothing is left hooked then."""
+    _end_former(settings)
     root = settings.root or launch.default_root(os.environ)
     who = identity.resolve(settings.name, os.environ, root)
     if who.warning:
@@ -112,6 +114,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
         writer.close()
         raise
     _sessions.add(session)
+    session.ended_by_successor = functools.partial(run.finish, reason="watched again")
     try:
         # The tracking server's credentials reach the agent by its environment and are written nowhere.
         secret = {} if target.secret_uri is None else {"MLFLOW_TRACKING_URI": target.secret_uri}
@@ -121,12 +124,21 @@ def begin(settings: Settings, aside: Aside) -> Run:
     return run
 
 
+def _end_former(settings: Settings) -> None:
+    """End the runs of optimizers that are watched anew, as where a notebook's cell is run again."""
+    mine = {id(part) for parts in settings.optimizers.values() for part in parts}
+    for session in list(_sessions):
+        if any(id(part) in mine for probe in session.probes for part in probe.optimizers):
+            session.ended_by_successor()
+
+
 def finish(run: Run, session: Session, end: dict[str, Any]) -> None:
     """Write the end, let go of everything."""
     _let_go(run, session)
     if not session.aside.off:
         session.recorder.drain(DRAIN_SECONDS)
-        session.event("end", **end)
+    # Also of a run whose recording stepped aside: it ended, and not abruptly.
+    session.event("end", **end)
     _sessions.discard(session)
     session.writer.close()
     if run._agent is not None:
@@ -144,7 +156,13 @@ def _let_go(run: Run, session: Session) -> None:
 
 def _create(root: Path, manifest: Manifest) -> JournalWriter:
     """Create the journal; an attempt whose number is taken already is the next one."""
-    capacity = int(float(os.environ.get("GRADWATCH_JOURNAL_MB", "0")) * 2**20) or DEFAULT_CAPACITY
+    capacity = DEFAULT_CAPACITY
+    asked = os.environ.get("GRADWATCH_JOURNAL_MB", "").strip()
+    if asked:
+        try:
+            capacity = int(float(asked) * 2**20) or DEFAULT_CAPACITY
+        except (ValueError, OverflowError):
+            raise ValueError(f"GRADWATCH_JOURNAL_MB: expected a number of MiB, got {asked!r}") from None
     for _ in range(1000):
         directory = attempt_directory(root, manifest.run, manifest.rank, manifest.attempt)
         try:

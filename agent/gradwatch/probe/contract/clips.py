@@ -50,7 +50,7 @@ class ClipChecks:
         if len(clips) == 1 and clips[0].plain and clips[0].backwards == attempted.backwards:
             # The common loop: one clip of everything, behind the last backward pass.
             self._clip_seen = self._former_clipped = True
-            if is_sampled(probe.step):
+            if is_sampled(probe.taken):
                 self._check_effect(probe, clips)
             return
         bounded = [clip for clip in clips if clip.max_norm < math.inf]
@@ -60,7 +60,7 @@ class ClipChecks:
         self._clip_seen = True
         judged = self._check_scale(probe, bounded) or self._check_place(probe, bounded)
         self._former_clipped = True
-        if not judged and is_sampled(probe.step):
+        if not judged and is_sampled(probe.taken):
             effective = [clip for clip in attempted.effective_clips() if clip.max_norm < math.inf]
             self._check_parts(probe, effective)
             self._check_effect(probe, effective)
@@ -82,7 +82,7 @@ class ClipChecks:
 
     def _no_clip(self, probe: OptimizerProbe) -> None:
         self._former_clipped = False
-        if self._declared is None or self._clip_seen or probe.attempted.flags & 8:
+        if self._declared is None or self._clip_seen or probe.attempted.flags & 8 or self._session.traced:
             return
         self._without += 1
         if self._without >= MISSING_AFTER and self._report.count("clip-after-step") == 0:

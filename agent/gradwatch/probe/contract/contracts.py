@@ -40,10 +40,18 @@ class Contracts:
         self._schedules = [ScheduleChecks(self.report) for _ in range(count)]
         self._dominates = [0] * count
 
-    def backward(self, probe: OptimizerProbe, parameter: Tensor) -> None:
-        """A backward pass reaches ``parameter``, whose old gradient still stands."""
-        self._gradients[probe.index].backward(probe, parameter)
+    def ask(self, probe: OptimizerProbe, parameter: Tensor) -> Tensor | None:
+        """What a pass is about to add to, where that has to be asked for (see ``GradientChecks``)."""
+        return self._gradients[probe.index].ask(probe, parameter)
+
+    def backward(self, probe: OptimizerProbe, cleared: bool, asked: Tensor | None) -> None:
+        """A backward pass has accumulated: into nothing, or into what ``asked`` is the largest value of."""
+        self._gradients[probe.index].backward(cleared, asked)
         self._schedules[probe.index].backward(probe)
+
+    def given_up(self, probe: OptimizerProbe) -> None:
+        """Gradients were cleared without a step: the next backward pass begins a new attempt."""
+        self._schedules[probe.index].restart()
 
     def before_step(self, probe: OptimizerProbe) -> None:
         """Gradients are as the optimizer will use them."""
@@ -57,7 +65,7 @@ class Contracts:
     def after_step(self, probe: OptimizerProbe) -> None:
         """The optimizer has stepped, its row is written."""
         self._gradients[probe.index].after_step(probe)
-        if probe.step == COMPLETE_BY and probe.index == 0:
+        if probe.taken == COMPLETE_BY and probe.index == 0:
             self._check_metadata(probe)
 
     def row_landed(self, row: Row, grad_norm: float, grad_norm_l2: float) -> None:

@@ -39,22 +39,29 @@ class GradientChecks:
 
     # -- cleared
 
-    def backward(self, probe: OptimizerProbe, parameter: Tensor) -> None:
-        """A backward pass is about to add to ``parameter.grad``."""
-        if self._cleared:
-            return
+    def ask(self, probe: OptimizerProbe, parameter: Tensor) -> Tensor | None:
+        """The largest value of the gradient that a pass is about to add to, where nobody knows whether it is zero.
+
+        ``set_to_none=False`` leaves zeros: only their values tell, so they are
+        asked for on their device and not waited for.
+        """
+        if self._cleared or len(self._asked) >= 16 or (self._clean >= TRUSTED and probe.taken % 64):
+            return None
         grad = parameter.grad
-        if grad is None or (self._clean >= TRUSTED and probe.step % 64):
+        return None if grad is None else grad.detach().abs().amax()
+
+    def backward(self, cleared: bool, asked: Tensor | None) -> None:
+        """A backward pass has accumulated."""
+        if cleared or (asked is None and self._clean >= TRUSTED):
             self._cleared = True
-        elif len(self._asked) < 16:
-            # set_to_none=False leaves zeros: only their values tell, so they are asked for, not waited for.
-            self._asked.append(grad.detach().abs().amax())
+        elif asked is not None:
+            self._asked.append(asked)
 
     def after_step(self, probe: OptimizerProbe) -> None:
         """The step is done: was there a backward pass before it that began cleared?"""
         cleared, asked = self._cleared, self._asked
         self._cleared, self._asked = False, []
-        if probe.step == 0:
+        if probe.taken == 0:
             return  # before the first step there was nothing to clear
         if cleared or not asked:
             if cleared:

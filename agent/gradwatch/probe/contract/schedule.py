@@ -30,10 +30,14 @@ class ScheduleChecks:
         if former is not None and rate != former and self._scheduled(probe):
             self._violation(probe, former, rate, "between two micro-batches of one step")
 
+    def restart(self) -> None:
+        """Begin a new attempted step."""
+        self._at_backward = None
+
     def before_step(self, probe: OptimizerProbe) -> None:
         """The first optimizer step: a scheduler that was stepped before it lost its first value."""
         former, self._at_backward = self._at_backward, None
-        if probe.step != 0 or former is None:
+        if probe.taken != 0 or former is None:
             return
         rate = probe.groups[0]["lr"]
         if not isinstance(rate, Tensor) and rate != former and self._scheduled(probe):
