@@ -8,11 +8,13 @@ told twice, or half done before an outage, is told right in the end.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 from gradwatch.bridge.alerts import Alert, Life, life_of, read_tag, write_tag
@@ -33,6 +35,8 @@ WORKERS: Final = 10
 MAX_DONE: Final = 50_000
 #: Seconds for which a run that is not in MLflow is not looked for again.
 UNKNOWN_SECONDS: Final = 30.0
+#: Seconds for which the list of experiments is good enough to search in.
+EXPERIMENTS_SECONDS: Final = 5.0
 _CHUNK: Final = 100
 
 #: Where an alert belongs: an MLflow run, or a version of a model.
@@ -71,6 +75,7 @@ class Tagger:
         self._done: OrderedDict[tuple[str, int], bool] = OrderedDict()
         self._unknown: dict[str, float] = {}
         self._experiments: list[str] = []
+        self._experiments_at = -math.inf
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -100,46 +105,51 @@ class Tagger:
     # -- where they belong
 
     def _sort(self, alerts: Sequence[Alert], results: list[Result]) -> dict[Target, _Work]:
+        new = [index for index, alert in enumerate(alerts) if not self._is_done(alert)]
+        run_ids = self._run_ids({alerts[index].labels.get("run", "") for index in new} - {""})
         work: dict[Target, _Work] = {}
-        for index, alert in enumerate(alerts):
-            if self._is_done(alert):
-                results[index] = "unchanged"
-                continue
-            target = self._target(alert)
-            if target is None:
-                results[index] = "unknown"
-            else:
-                work.setdefault(target, _Work()).alerts[index] = alert
+        results[:] = ["unchanged"] * len(alerts)
+        for index in new:
+            target = self._target(alerts[index], run_ids)
+            results[index] = "failed" if target is not None else "unknown"
+            if target is not None:
+                work.setdefault(target, _Work()).alerts[index] = alerts[index]
         return work
 
-    def _target(self, alert: Alert) -> Target | None:
+    def _target(self, alert: Alert, run_ids: Mapping[str, str]) -> Target | None:
         run = alert.labels.get("run", "")
         if run:
-            run_id = self._run_id(run)
-            return None if run_id is None else ("run", run_id)
+            return ("run", run_ids[run]) if run in run_ids else None
         model = self._versions.models.get(alert.labels.get("model", ""))
         if model is None or model.current is None:
             return None
         version = alert.labels.get("version", model.current.version)
         return ("version", model.name, version) if version.isdecimal() else None
 
-    def _run_id(self, run: str) -> str | None:
-        """MLflow's id of a run: known from the poll, else searched for, also in experiments made just now."""
-        record = self._runs.runs.find(run)
-        if record is not None:
-            return record.run_id
+    def _run_ids(self, runs: Iterable[str]) -> dict[str, str]:
+        """MLflow's ids of runs: known from the poll, else searched for, also in experiments made just now."""
         now = self._clock()
-        if now < self._unknown.get(run, -UNKNOWN_SECONDS) + UNKNOWN_SECONDS:
-            return None
-        if not self._unknown or now >= max(self._unknown.values()) + UNKNOWN_SECONDS or not self._experiments:
-            self._experiments = self._history.experiments()
-        found = self._history.run_named(self._experiments, run)
-        if found is not None:
-            return str(found.info.run_id)
+        found: dict[str, str] = {}
+        sought: list[str] = []
+        for run in runs:
+            record = self._runs.runs.find(run)
+            if record is not None:
+                found[run] = record.run_id
+            elif now >= self._unknown.get(run, -math.inf) + UNKNOWN_SECONDS:
+                sought.append(run)
+        if not sought:
+            return found
+        if now >= self._experiments_at + EXPERIMENTS_SECONDS:
+            self._experiments, self._experiments_at = self._history.experiments(), now
         if len(self._unknown) >= MAX_DONE:
             self._unknown.clear()
-        self._unknown[run] = now
-        return None
+        search = partial(self._history.run_named, self._experiments)
+        for run, entity in zip(sought, self._pool.map(search, sought), strict=True):
+            if entity is None:
+                self._unknown[run] = now
+            else:
+                found[run] = str(entity.info.run_id)
+        return found
 
     def _read(self, run_ids: Sequence[str]) -> dict[str, Any]:
         """The runs as they stand, a call for each hundred."""
