@@ -42,12 +42,12 @@ a { color: var(--blue); } .dim { color: var(--dim); } code, .n { font-variant-nu
 .state { border: 1px solid currentColor; border-radius: 99px; padding: 0 .6rem; font-size: .85rem; }
 .running, .finished { color: var(--green); } .starting { color: var(--blue); } .stalled { color: var(--amber); }
 .failed, .killed, .abrupt, .page { color: var(--red); } .ticket { color: var(--amber); } .info { color: var(--blue); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .5rem 1rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem 1rem;
   margin-top: .6rem; }
 .facts div span { display: block; color: var(--dim); font-size: .8rem; }
 svg { display: block; width: 100%; max-width: 20rem; height: 2.4rem; } polyline { fill: none; stroke: var(--blue);
   stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .8rem .25rem 0;
+th { white-space: nowrap; } table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .8rem .25rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top; } th { color: var(--dim);
   font-weight: 500; } .wide { overflow-x: auto; }
 footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
@@ -137,7 +137,7 @@ def _card(run: Followed, now: float, link: bool = True) -> str:
         f"<div><span>{what}</span>{svg}</div>"
         for what, svg in (
             ("loss", curve([(s, loss) for s, loss, _ in fold.curve])),
-            ("gradient norm, log scale", curve([(s, _log(norm)) for s, _, norm in fold.curve])),
+            ("gradient norm (log)", curve([(s, _log(norm)) for s, _, norm in fold.curve])),
         )
         if svg
     )
