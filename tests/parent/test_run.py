@@ -113,7 +113,9 @@ def test_as_pid_1_orphans_are_reaped_and_the_exit_code_tells_the_signal(tmp_path
 
 
 def test_the_parent_imports_no_torch() -> None:
-    code = "import sys, gradwatch.cli.run, gradwatch.parent.drain, gradwatch.parent.memory; print('torch' in sys.modules)"
+    code = (
+        "import sys, gradwatch.cli.run, gradwatch.parent.drain, gradwatch.parent.memory; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.stdout == "False\n", done.stderr
 

@@ -28,8 +28,10 @@ MAX_BACKOFF: Final = 30.0
 GIVE_UP_SECONDS: Final = 10.0
 #: For how long a writer that has told its end may still hold its lock.
 LINGER_SECONDS: Final = 2.0
-#: For how long the parent's word is waited for, once the process that it started is gone.
-PARENT_SECONDS: Final = 2.0
+#: For how long the parent's word is waited for, once the lock of the process that it started is free: it is
+#: killed then, or, where it has told an end, the interpreter still takes itself down, which takes torch seconds.
+PARENT_SECONDS: Final = 3.0
+TEARDOWN_SECONDS: Final = 30.0
 #: Tensors that are named for one broken row, and broken rows that are remembered.
 _NAMED: Final = 8
 _BROKEN_ROWS: Final = 128
@@ -158,7 +160,8 @@ class RankTail:
         if self._gone_since is None:
             self._gone_since = self.clock()
         self.word = parents_word(self.manifest, path)
-        return self.word is not None or self.clock() - self._gone_since > PARENT_SECONDS
+        patience = PARENT_SECONDS if self.end is None else TEARDOWN_SECONDS
+        return self.word is not None or self.clock() - self._gone_since > patience
 
     def _is_outlived(self) -> bool:
         """Whether a later attempt has been there for a while: it speaks for the run, though this one's writer lives."""
