@@ -14,11 +14,12 @@ PYTHON  ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 /usr
 SERVICES := prometheus prometheus-alertmanager postgresql
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services demo test verify bench generate clean
+.PHONY: help setup services demo test chaos verify bench generate clean
 
 help:
 	@echo 'make demo      train a small LSTM with everything on, one minute, in this terminal'
 	@echo 'make test      all tests'
+	@echo 'make chaos     kill trainers and agents, count what is lost, write docs/reliability.md'
 	@echo 'make verify    format, lint, types, import direction, generated files up to date'
 	@echo 'make generate  write the generated files anew'
 	@echo 'make bench     what the probe and the agent cost on this machine'
@@ -50,6 +51,9 @@ demo: $(READY)
 
 test: $(READY) services
 	@$(BIN)/python -m pytest -n 2
+
+chaos: $(READY)
+	@$(BIN)/python -m tests.chaos.campaign --trainers 200 --agents 100 --write docs/reliability.md
 
 verify: $(READY) services
 	@PATH="$(BIN):$$PATH" bash .ci/verify

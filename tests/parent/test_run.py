@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -158,9 +157,9 @@ def test_an_end_that_makes_no_sense_is_none(tmp_path: Path, text: str) -> None:
 def test_an_end_is_not_read_through_a_link_nor_from_elsewhere(tmp_path: Path) -> None:
     write_exit(tmp_path / "elsewhere", NAME, Exit(1, 1.0, exit_code=0))
     write_exit(tmp_path / "root", "1" * 32, Exit(1, 1.0, exit_code=0))
-    os.symlink(tmp_path / "elsewhere/.parent" / f"{NAME}.json", tmp_path / "root/.parent" / f"{NAME}.json")
+    (tmp_path / "root/.parent" / f"{NAME}.json").symlink_to(tmp_path / "elsewhere/.parent" / f"{NAME}.json")
     assert read_exit(tmp_path / "root", NAME) is None
     assert read_exit(tmp_path / "root", f"../../elsewhere/.parent/{NAME}") is None
     (tmp_path / "linked").mkdir()
-    os.symlink(tmp_path / "elsewhere/.parent", tmp_path / "linked/.parent")
+    (tmp_path / "linked/.parent").symlink_to(tmp_path / "elsewhere/.parent")
     assert read_exit(tmp_path / "linked", NAME) is None
