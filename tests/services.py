@@ -80,6 +80,8 @@ class Server:
     """A server process of this test, ready to answer once the block is entered."""
 
     ready_path = "/"
+    #: Set for the process, beside what this one has.
+    environment: Mapping[str, str] = {}
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -99,6 +101,7 @@ class Server:
                 self._handle = subprocess.Popen(
                     self.arguments(port),
                     cwd=self.directory,
+                    env={**os.environ, **self.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -219,6 +222,8 @@ class MlflowServer(Server):
     """An MLflow tracking server over a sqlite file, artifacts beside it."""
 
     ready_path = "/health"
+    # Its runners of background jobs are seven more processes, which take long to start and to leave.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # noqa: RUF012
 
     def arguments(self, port: int) -> Sequence[str]:
         return [

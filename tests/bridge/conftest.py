@@ -30,7 +30,8 @@ class Resumable(Server):
         port = int(self.url.rsplit(":", 1)[1])
         with self.log.open("ab") as output:
             self._handle = subprocess.Popen(
-                self.arguments(port), cwd=self.directory, stdin=subprocess.DEVNULL, stdout=output,
+                self.arguments(port), cwd=self.directory, env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         eventually(lambda: fetch(self.url + self.ready_path) is not None, f"{type(self).__name__} is back", 60)

@@ -186,6 +186,8 @@ def _serve(bridge: Any, listener: socket.socket, grace: float) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        # Longer than senders keep a connection that does nothing: who closes first loses no post on its way.
+        timeout_keep_alive=120,
         timeout_graceful_shutdown=max(1, round(grace)),
         lifespan="on",
     )
