@@ -77,17 +77,19 @@ def _models(values: Values) -> Iterator[tuple[str, str]]:
         score = f"max by (model, version, name) ({series('model_version_score', no_cost)})"
         yield _score(version), f"max by (model, name) ({score} * on (model, version) group_left () {which})"
     lower = f"(.*[_./ -])?(?i:{selectors['lower_is_better']})([_./ -].*)?"
-    before = f"abs({_score('previous')})"
-    drop = f"({_score('previous')} - {_score('current')}) / {before}"
-    yield SCORE_DROP, f"{drop.replace('max', _named('!~', lower))}\nor\n-({drop.replace('max', _named('=~', lower))})"
+    # Positive where it is worse, whichever way is better.
+    falls, rises = _change(f'name!~"{lower}"'), _change(f'name=~"{lower}"')
+    yield SCORE_DROP, f"-({falls})\nor\n{rises}"
 
 
-def _score(version: str) -> str:
-    return f"model:gradwatch_score_{version}:max"
+def _score(version: str, matcher: str = "") -> str:
+    return f"model:gradwatch_score_{version}:max{{{matcher}}}" if matcher else f"model:gradwatch_score_{version}:max"
 
 
-def _named(matches: str, names: str) -> str:
-    return f'max{{name{matches}"{names}"}}'
+def _change(matcher: str) -> str:
+    """Relative change of a score from the previous version to the current one."""
+    previous, current = _score("previous", matcher), _score("current", matcher)
+    return f"({current} - {previous}) / abs({previous})"
 
 
 def _service_levels(values: Values) -> Iterator[tuple[str, str]]:

@@ -171,10 +171,16 @@ LIFE = [
          [ticket(BLIND, "bridge")]),
     Case("is silent right after MLflow was away, while the agents show their runs", [DIED],
          bridge(poll="0+60x10 600x29 2400+60x200") + heartbeat("0+60x10 600x300", tier="production")
-         + run(tier="production"), at="42m"),
+         + run(tier="production"), at="55m"),
+    Case("is silent on a clean end during an outage of MLflow", [DIED],
+         bridge(poll="0+60x10 600x300") + heartbeat("0+60x10 600x300", tier="production")
+         + run(minutes=10, lasts="stale"), [ticket(BLIND, "bridge")]),
     Case("is silent on a preemption that is back within eight minutes", [DIED],
          bridge() + heartbeat("0+60x10 600x7 1080+60x200", tier="production")
-         + run(minutes=10, lasts="stale") + run(pod="b", recent_steps="_x18 10x200"), at="18m"),
+         + run(minutes=10, lasts="stale") + [(name, f"_x19 {values}") for name, values in run(pod="b")], at="18m"),
+    Case("is silent once the preempted run is back", [DIED],
+         bridge() + heartbeat("0+60x10 600x7 1080+60x200", tier="production")
+         + run(minutes=10, lasts="stale") + [(name, f"_x19 {values}") for name, values in run(pod="b")], at="25m"),
     Case("is silent, and gradwatch blind, where the bridge is down", [DIED],
          bridge(poll="0+60x10 stale") + heartbeat("0+60x10 stale", tier="production") + run(minutes=10, lasts="stale"),
          [ticket(BLIND, "bridge")]),
