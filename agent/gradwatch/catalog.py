@@ -26,7 +26,7 @@ END_STATES: Final = ("finished", "failed", "killed", "abrupt")
 #: The quantiles of ``grad_norm_q``.
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 #: Upper bounds of ``grad_norm_distribution``: two a decade from 1e-4 to 1e4.
-GRAD_NORM_BUCKETS: Final = tuple(float(f"{m}e{e}") for e in range(-4, 4) for m in (1, 3)) + (1e4,)
+GRAD_NORM_BUCKETS: Final = (*(float(f"{m}e{e}") for e in range(-4, 4) for m in (1, 3)), 1e4)
 #: Upper bounds of ``step_duration_seconds``: from 100 µs to 10 minutes.
 STEP_SECONDS_BUCKETS: Final = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)  # fmt: skip
 

@@ -47,7 +47,8 @@ a { color: var(--blue); } .dim { color: var(--dim); } code, .n { font-variant-nu
 .facts div span { display: block; color: var(--dim); font-size: .8rem; }
 svg { display: block; width: 100%; max-width: 20rem; height: 2.4rem; } polyline { fill: none; stroke: var(--blue);
   stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-th { white-space: nowrap; } table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .8rem .25rem 0;
+th { white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .8rem .25rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top; } th { color: var(--dim);
   font-weight: 500; } .wide { overflow-x: auto; }
 footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }

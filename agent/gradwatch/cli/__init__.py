@@ -46,9 +46,7 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
         Command("findings", "what was found wrong with a run, with evidence and advice"),
         Command("explain", "what a finding means, how it is decided, what to do about it"),
     ),
-    "Act": (
-        Command("silence", "quiet a model's alerts for a controlled retrain; list and expire silences"),
-    ),
+    "Act": (Command("silence", "quiet a model's alerts for a controlled retrain; list and expire silences"),),
 }
 
 _BY_NAME: Final = {command.name: command for group in COMMANDS.values() for command in group}
