@@ -19,6 +19,7 @@ from expressions import (
     LOSS,
     LOSS_BEST,
     LOSS_WORST,
+    PLACE,
     PRODUCTION_RUN,
     RUN,
     SCORE_BUDGET,
@@ -165,11 +166,20 @@ def _learning(values: Values) -> Iterator[Alert]:
             "10m", "10m", "debug",
         )  # fmt: skip
     own = "|".join(code for code in sorted(OWN_ALERT) if code in FINDING)
-    active = f"{by_run('finding_active', 'code!~' + quoted(own), and_by='code, severity')} == 1"
+    others = "code!~" + quoted(own)
+    mild, worst = (
+        f"{by_run('finding_active', others, 'severity' + which + quoted('page'), and_by='code, severity')} == 1"
+        for which in ("!=", "=")
+    )
+    # What the finding calls a page is a ticket where the run may not page.
+    experiment = f"({worst})\nunless on ({RUN}) {PRODUCTION_RUN} == 1"
+    active = (
+        f'{mild}\nor {in_production(worst)}\nor label_replace({experiment}, "severity", "ticket", "severity", "page")'
+    )
     alive = by_run("run_state", 'state=~"starting|running|stalled"')
     yield Alert(
         "GradwatchFindingActive", "", "finding", with_facts(f"({active})\nand on ({RUN}) {alive} == 1"),
-        "a finding is active that has no alert of its own; as severe as the finding",
+        "a finding is active that has no alert of its own; as severe as the finding, and no page for experiments",
         f"{WHO}: {{{{ $labels.code }}}}",
         f"{WHO}: the finding {{{{ $labels.code }}}} is active; the budget is 0. What it means: "
         "gradwatch explain {{ $labels.code }}",
@@ -189,6 +199,12 @@ def quoted(text: str) -> str:
 
 def _life(values: Values) -> Iterator[Alert]:
     died = values["died"]
+
+    def polled(ago: str = "") -> str:
+        """The bridge's last good poll, also while a roll-out replaces its pod."""
+        offset = f" offset {ago}" if ago else ""
+        return f"max (last_over_time({series('bridge_last_poll_timestamp_seconds')}[{died['steady']}]{offset}))"
+
     age = f"time() - max by ({RUN}) ({series('last_step_timestamp_seconds')})"
     stalled = f"({age})\nand on ({RUN}) {by_run('run_state', 'state=' + quoted('stalled'))} == 1"
     for severity, condition in (("ticket", stalled), ("page", in_production(stalled))):
@@ -203,12 +219,16 @@ def _life(values: Values) -> Iterator[Alert]:
     tiers = values["selectors"]["page_tiers"]
     for severity, matcher in (("ticket", 'tier=~".*"'), ("page", f'tier=~"{tiers}"')):
         beat = f"max by (model, run, run_name) ({series('run_heartbeat_timestamp_seconds', matcher)})"
-        yield Alert(
-            "GradwatchRunDied", severity, "run-died",
+        dead = (
             f"time() - {beat} > {died['heartbeat']}\n"
             f"unless on (model, run) max by (model, run) ({series('run_state')})\n"
-            f"and on () time() - max ({series('bridge_last_poll_timestamp_seconds')}) < {died['bridge_poll']}",
-            "a run that stands at RUNNING in MLflow has no heartbeat, no live series, and the bridge itself polls",
+            f"and on () max_over_time((time() - {polled()})[{died['steady']}:1m]) < {died['bridge_poll']}\n"
+            f"and on () {polled(died['steady'])}"
+        )
+        yield Alert(
+            "GradwatchRunDied", severity, "run-died",
+            f"({dead})\n* on (model, run) group_left (namespace, team) {PLACE}",
+            "a run that stands at RUNNING in MLflow has no heartbeat, no live series, and the bridge has been polling",
             f"{WHO} is gone: no heartbeat for {{{{ $value | humanizeDuration }}}}",
             f"{WHO}: MLflow says RUNNING, the last heartbeat is {{{{ $value | humanizeDuration }}}} old and no agent "
             f"shows the run; the budget is {died['heartbeat']} seconds. The node or the pod is lost.",

@@ -15,6 +15,8 @@ RUN = "namespace, model, run"
 
 #: Recording rules that others build on, by what they mean.
 FACTS = "run:gradwatch_facts:one"
+#: Where a run was seen last: namespace and team, which the bridge's series of it do not have.
+PLACE = "run:gradwatch_place:one"
 RUNNING = "run:gradwatch_running:max"
 PRODUCTION_RUN = "run:gradwatch_production:max"
 PRODUCTION_MODEL = "model:gradwatch_production:max"

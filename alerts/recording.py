@@ -14,6 +14,7 @@ from expressions import (
     LOSS,
     LOSS_BEST,
     LOSS_WORST,
+    PLACE,
     PRODUCTION_MODEL,
     PRODUCTION_RUN,
     RUN,
@@ -38,6 +39,9 @@ def _runs(values: Values) -> Iterator[tuple[str, str]]:
     tiers, clipping, budgets = values["selectors"]["page_tiers"], values["clipping"], values["budgets"]
     one_each = f"max by ({RUN}, run_name, team, tier) ({series('run')})"
     yield FACTS, f"topk by ({RUN}) (1, {one_each})"
+    seen = f"topk by (model, run) (1, max by (model, run, namespace, team) (last_over_time({FACTS}[1d])))"
+    told = f"group by (model, run) ({series('run_heartbeat_timestamp_seconds')})"
+    yield PLACE, f"({seen})\nand on (model, run) {told}\nor on (model, run) {told}"
     yield RUNNING, by_run("run_state", 'state="running"')
     tier = f'tier=~"{tiers}"'
     yield PRODUCTION_RUN, f"max by ({RUN}) ({series('run', tier)}) or 0 * group by ({RUN}) ({series('run')})"
@@ -48,11 +52,11 @@ def _runs(values: Values) -> Iterator[tuple[str, str]]:
         f"{by_run('recent_clipped_steps', and_by='optimizer')} / ({steps} >= {clipping['minimum_steps']})",
     )
     yield GAP, by_run("generalization_gap", and_by="metric, slice")
-    told, all_gaps = (
+    own, all_gaps = (
         by_run("generalization_gap_budget", and_by="metric"),
         by_run("generalization_gap", and_by="metric", how="group"),
     )
-    yield GAP_BUDGET, f"{told} or {budgets['generalization_gap']} * {all_gaps}"
+    yield GAP_BUDGET, f"{own} or {budgets['generalization_gap']} * {all_gaps}"
     yield LOSS, by_run("loss", 'split="train"')
     yield LOSS_BEST, f"min_over_time({LOSS}[1d])"
     yield LOSS_WORST, f"max_over_time({LOSS}[1d])"

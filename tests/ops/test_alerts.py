@@ -192,12 +192,16 @@ def compares(node: Any) -> bool:
     """Whether an expression leaves out series by a comparison that is more than a gate."""
     if type(node).__name__ == "ParenExpr":
         return compares(node.expr)
+    if type(node).__name__ == "Call" and node.func.name == "label_replace":
+        return compares(node.args[0])
     if type(node).__name__ != "BinaryExpr":
         return False
     if str(node.op) in (">", ">=", "<", "<=", "=="):
         return {each.metric for each in promql.selectors(str(node.lhs))} - GATES != set()
     if str(node.op) == "or":
         return compares(node.lhs) and compares(node.rhs)
+    if str(node.op) == "unless":
+        return compares(node.lhs)
     return compares(node.lhs) or (str(node.op) == "and" and compares(node.rhs))
 
 

@@ -144,3 +144,17 @@ def test_an_alert_tells_exactly_this(tmp_path: Path) -> None:
     check = {"eval_time": "30m", "alertname": "GradwatchClipRateHigh"}
     expected = [{"exp_labels": labels, "exp_annotations": annotations}]
     assert promtool(tmp_path, case.world, alert_rule_test=[{**check, "exp_alerts": expected}]) == ""
+
+
+def test_the_death_of_a_run_is_told_to_its_team(tmp_path: Path) -> None:
+    """The bridge's series have the bridge's own namespace and no team: both are remembered from when the run lived."""
+    case = next(case for case in CASES if case.sentence == "pages where the node of a production run dies")
+    check = {
+        "expr": f'count by (namespace, team, severity) ({FIRING[:-1]}, alertname="GradwatchRunDied"}})',
+        "eval_time": case.at,
+        "exp_samples": [
+            {"labels": f'{{namespace="ml", team="vision", severity="{severity}"}}', "value": 1}
+            for severity in ("ticket", "page")
+        ],
+    }
+    assert promtool(tmp_path, case.world, promql_expr_test=[check]) == ""

@@ -141,8 +141,11 @@ LEARNING = [
     Case("tells a finding without an alert of its own", [FINDING],
          run() + finding("clip-missing", "ticket"), [ticket(FINDING)]),
     Case("is as severe as the finding", [FINDING],
+         run(tier="production") + finding("gradient-spike", "info") + finding("clip-missing", "ticket")
+         + finding("decay-coupled", "page"), [(FINDING, "info", ""), ticket(FINDING), page(FINDING)]),
+    Case("never pages for an experiment, whatever the finding says", [FINDING],
          run() + finding("gradient-spike", "info") + finding("decay-coupled", "page"),
-         [(FINDING, "info", ""), page(FINDING)]),
+         [(FINDING, "info", ""), ticket(FINDING)]),
     Case("leaves findings to their own alerts", [FINDING],
          run() + finding("clip-rate-high", "ticket") + finding("generalization-gap", "ticket")),
     Case("does not tell findings that are over", [FINDING], run() + finding("clip-missing", "ticket", 0)),
@@ -172,6 +175,16 @@ LIFE = [
     Case("is silent right after MLflow was away, while the agents show their runs", [DIED],
          bridge(poll="0+60x10 600x29 2400+60x200") + heartbeat("0+60x10 600x300", tier="production")
          + run(tier="production"), at="55m"),
+    # The agents' next heartbeats come up to two minutes after the first good poll.
+    Case("is silent right after MLflow was away, though nothing of the run is scraped here", [DIED],
+         bridge(poll="0+60x10 600x29 2400+60x200") + heartbeat("0+60x10 600x32 2580+60x200", tier="production"),
+         at="43m"),
+    Case("is silent right after the bridge itself was away", [DIED],
+         bridge(poll="0+60x10 stale _x28 2400+60x200")
+         + heartbeat("0+60x10 stale _x28 600x3 2580+60x200", tier="production"), at="42m"),
+    Case("fires where a node died while MLflow was away, ten minutes after that", [DIED],
+         bridge(poll="0+60x10 600x29 2400+60x200") + heartbeat("0+60x10 600x300") + run(minutes=20, lasts="stale"),
+         [ticket(DIED)], at="55m"),
     Case("is silent on a clean end during an outage of MLflow", [DIED],
          bridge(poll="0+60x10 600x300") + heartbeat("0+60x10 600x300", tier="production")
          + run(minutes=10, lasts="stale"), [ticket(BLIND, "bridge")]),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.ops.alert_support.world import Series, run, series, slo, versions
+from tests.ops.alert_support.world import Series, heartbeat, run, series, slo, versions
 
 #: Samples by the labels that the case looks at.
 Samples = Mapping[tuple[tuple[str, str], ...], float]
@@ -39,6 +39,10 @@ RECORDED = [
         "run:gradwatch_facts:one", "one a run, whichever pods tell it", TWO_PODS,
         of(1, **RUN, run_name="swift-fox", team="vision", tier="experiment"),
     ),
+    Recorded("run:gradwatch_place:one", "where a run was seen last, also when it is gone",
+             run(minutes=10, lasts="stale") + heartbeat("0+60x60"), of(1, **RUN, team="vision"), "40m"),
+    Recorded("run:gradwatch_place:one", "nowhere, for a run that only MLflow knows", heartbeat("0+60x60"),
+             of(1, model="lstm", run="r1")),
     Recorded("run:gradwatch_running:max", "1 while it runs", run(), of(1, **RUN)),
     Recorded("run:gradwatch_running:max", "0 once it ended", run(state="failed"), of(0, **RUN)),
     Recorded("run:gradwatch_production:max", "0 for an experiment", run(), of(0, **RUN)),
