@@ -28,7 +28,7 @@ class Clip:
     """A clip by norm as seen: which columns, their norms before it, and the total that it used."""
 
     columns: npt.NDArray[np.intp]
-    #: Whether it covered every parameter of the optimizer.
+    #: Whether it covered every parameter of the optimizer that has a gradient.
     whole: bool
     #: L2 norms aligned with ``columns``, before the clip; None where nobody computed them.
     norms: Tensor | None

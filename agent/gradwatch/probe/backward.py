@@ -11,7 +11,7 @@ moves on to the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
@@ -39,6 +39,10 @@ class BackwardWatch:
         self._hooks[probe.index].move()
 
 
+#: Parameters that the hook tries before its silence is taken for the absence of backward passes.
+TRIES: Final = 8
+
+
 class _Hook:
     """Two hooks on one parameter: what a pass adds to is seen before, that it added is seen behind.
 
@@ -56,8 +60,10 @@ class _Hook:
         self.remove()
         candidates = [p for p in self._probe.parameters if p.requires_grad and p.is_leaf]
         if not candidates:
+            self._probe.searching = False
             return
         self._turn += 1
+        self._probe.searching = self._turn <= min(len(candidates), TRIES)
         chosen: Any = candidates[-(self._turn % len(candidates))]
         self._probe.watched = chosen
         begins, accumulated = self._observers(chosen)
@@ -88,6 +94,7 @@ class _Hook:
                     attempted.clear()
                     contracts.given_up(probe)
                 attempted.measured = None
+                probe.searching = False
                 contracts.backward(probe, cleared, asked)
                 attempted.backwards += 1
             except Exception as error:

@@ -63,6 +63,8 @@ class OptimizerProbe:
         self._handles: list[Any] = []
         #: The parameter whose backward passes are counted.
         self.watched: Tensor | None = None
+        #: Whether it may be one that takes no part, so that none is seen: the hook tries others then.
+        self.searching = True
         #: The bounding clip of the last step, for the checks of a sample.
         self.last_clip: Clip | None = None
         self.refresh()
@@ -128,6 +130,9 @@ class OptimizerProbe:
         if len(grads) != len(parameters):
             parameters = [p for p in parameters if p.grad is not None]
         columns, whole = self.columns.of(parameters)
+        if not whole:
+            covered = {id(p) for p in parameters}
+            whole = all(p.grad is None or id(p) in covered for p in self.parameters)
         norm = event.norm
         norms: Tensor | None = None
         total_is_l2 = False
@@ -402,6 +407,7 @@ def needs_wide_norms(event: NormEvent) -> bool:
         or norms is None
         or norms.dtype in LOW_PRECISION
         or (bool(event.tensors) and (is_sharded(event.tensors[0]) or event.tensors[0].dtype in LOW_PRECISION))
+        or (event.mixed and any(tensor.dtype in LOW_PRECISION for tensor in event.tensors))
     )
 
 

@@ -15,6 +15,7 @@ from time import perf_counter, time
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,6 +66,9 @@ class Recorder:
         self.step = -1
         #: Its device columns as they were written, for a loss that comes later; empty while they are under way.
         self._device: list[float] = []
+        #: The columns of the last cheap row, and where they are not in order, the place of each norm in the payload.
+        self._columns: npt.NDArray[np.intp] | None = None
+        self._places: npt.NDArray[np.intp] | None = None
         #: Seconds of the training thread spent since the last row; every hook adds to it.
         self.spent = 0.0
 
@@ -82,7 +86,7 @@ class Recorder:
             clip = clips[0]
             if not clip.plain:
                 return False
-            norms, total = clip.norms, clip.total.item()  # type: ignore[union-attr]
+            columns, norms, total = clip.columns, clip.norms, clip.total.item()  # type: ignore[union-attr]
             l2 = total if clip.total_is_l2 else torch.linalg.vector_norm(norms).item()  # type: ignore[arg-type]
             max_norm = clip.max_norm
             host[5] += col.CLIPPED_BY_NORM
@@ -91,7 +95,7 @@ class Recorder:
             if factor > 1.0:
                 factor = 1.0
         else:
-            norms, factor = measured.norms, math.nan
+            columns, norms, factor = measured.columns, measured.norms, math.nan
             if clips or measured.scale is not None or not on_host(norms):
                 return False
             l2 = total = torch.linalg.vector_norm(norms).item()
@@ -101,6 +105,8 @@ class Recorder:
         if count != self._count or not total < math.inf or not l2 < math.inf:  # type: ignore[union-attr]
             return False
         if abs(total - l2) > NOTEWORTHY * l2:
+            return False
+        if columns is not self._columns and not self._ordered(columns):
             return False
         if self._held is not None:
             self.flush()
@@ -113,11 +119,25 @@ class Recorder:
         self._device = device = [loss, total, l2, factor, 0.0, math.nan, math.nan, *self._spare]
         self.sequence = sequence = self._steps.append(step, now, host, device)
         self.step = step
-        if count <= FEW:
+        if self._places is not None:
+            self._tensors.payload[self._places] = norms.numpy()  # type: ignore[union-attr]
+            self._tensors.append(sequence, step, now)
+        elif count <= FEW:
             self._tensors.append_values(sequence, step, now, norms.tolist())  # type: ignore[union-attr]
         else:
             self._tensors.payload[:] = norms.numpy()  # type: ignore[union-attr]
             self._tensors.append(sequence, step, now)
+        return True
+
+    def _ordered(self, columns: npt.NDArray[np.intp]) -> bool:
+        """Note how norms that come in the order of ``columns`` go into the payload; False where not one goes to each.
+
+        Parameter groups, and loops that clip in an order of their own, give them in another order than the model.
+        """
+        straight = np.arange(self._count)
+        if not np.array_equal(np.sort(columns), straight):
+            return False
+        self._columns, self._places = columns, None if np.array_equal(columns, straight) else columns
         return True
 
     def write(self, row: Row, host: list[float]) -> None:

@@ -41,13 +41,15 @@ class NormEvent:
     ``norms``: a vector, one entry for each of ``tensors`` in their order, on the
     device of ``total``; of a DTensor, the norm of this rank's shard. None where
     torch's code gave no sight of them. ``tensors`` are the gradients themselves,
-    unclipped while ``on_norm`` runs.
+    unclipped while ``on_norm`` runs. ``mixed``: they may differ in dtype, which
+    ``norms`` no longer tells.
     """
 
     tensors: list[Tensor]
     norms: Tensor | None
     total: Tensor
     norm_type: float
+    mixed: bool = False
 
 
 @dataclass(slots=True)
@@ -214,12 +216,13 @@ def _total_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
             return original(tensors, norm_type, error_if_nonfinite, foreach, **future)  # type: ignore[no-any-return]
         given = _listed(tensors)
         norms: Tensor | None
-        if fast and not (future or error_if_nonfinite or foreach is False) and alike(given):
+        same = alike(given)
+        if fast and same and not (future or error_if_nonfinite or foreach is False):
             norm_type = float(norm_type)
             norms, total = norm_alike(given, norm_type)
         else:
             norms, total = captured_norm(original, given, norm_type, error_if_nonfinite, foreach, **future)
-        norm = NormEvent(given, norms, total, float(norm_type))
+        norm = NormEvent(given, norms, total, float(norm_type), not same)
         _last.remember(norm)
         _tell_norm(listeners, norm)
         return total
@@ -322,17 +325,17 @@ class _Last(threading.local):
     model's gradients alive into the next backward pass.
     """
 
-    _seen: tuple[Tensor, list[ref[Tensor]], Tensor | None, float] | None = None
+    _seen: tuple[Tensor, list[ref[Tensor]], Tensor | None, float, bool] | None = None
 
     def remember(self, norm: NormEvent) -> None:
-        self._seen = (norm.total, [ref(t) for t in norm.tensors], norm.norms, norm.norm_type)
+        self._seen = (norm.total, [ref(t) for t in norm.tensors], norm.norms, norm.norm_type, norm.mixed)
 
     def recall(self, total: Tensor) -> NormEvent | None:
         if self._seen is None or self._seen[0] is not total:
             return None
-        _, refs, norms, norm_type = self._seen
+        _, refs, norms, norm_type, mixed = self._seen
         tensors = [t for r in refs if (t := r()) is not None]
-        return NormEvent(tensors, norms, total, norm_type) if len(tensors) == len(refs) else None
+        return NormEvent(tensors, norms, total, norm_type, mixed) if len(tensors) == len(refs) else None
 
 
 _last = _Last()
