@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradwatch.probe import blind
 from gradwatch.probe import columns as col
 from gradwatch.probe.attempted import Attempted, Clip, Measured
 from gradwatch.probe.lane import on_host
@@ -61,6 +62,9 @@ class OptimizerProbe:
         #: Whether more evaluations of a closure follow than the one that is the step's gradient.
         self.frozen = False
         self._handles: list[Any] = []
+        self._key = blind.key_of(self)
+        #: Whether its step was compiled, and is not seen.
+        self.blind = False
         #: The parameter whose backward passes are counted.
         self.watched: Tensor | None = None
         #: Whether it may be one that takes no part, so that none is seen: the hook tries others then.
@@ -187,7 +191,10 @@ class OptimizerProbe:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = self.session
-        if session.aside.off or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            blind.traced(self._key)
+            return None
+        if session.aside.off:
             return None
         began = perf_counter()
         try:
@@ -292,7 +299,7 @@ class OptimizerProbe:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         session = self.session
-        if session.aside.off or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or session.aside.off:
             return
         began = perf_counter()
         try:
