@@ -685,7 +685,7 @@ def test_settings_that_are_none_are_unknown(watch: Watch, read: Read) -> None:
     optimizer.register_step_post_hook(apply)
     optimizer.step()
     group["lr"] = None
-    run._session.probes[0]._read_groups(host := [0.0] * 64)  # type: ignore[union-attr]
+    run._session.probes[0].holds.read_groups(host := [0.0] * 64)  # type: ignore[union-attr]
     assert math.isnan(host[8])
     forget()
     apply()

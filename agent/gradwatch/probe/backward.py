@@ -58,7 +58,7 @@ class _Hook:
     def move(self) -> None:
         """Sit on the next parameter that may get a gradient, beginning with the last, whose comes first."""
         self.remove()
-        candidates = [p for p in self._probe.parameters if p.requires_grad and p.is_leaf]
+        candidates = [p for p in self._probe.holds.parameters if p.requires_grad and p.is_leaf]
         if not candidates:
             self._probe.searching = False
             return

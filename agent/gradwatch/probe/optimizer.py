@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,13 +14,14 @@ from torch.optim import Optimizer
 from gradwatch.probe import blind
 from gradwatch.probe import columns as col
 from gradwatch.probe.attempted import Attempted, Clip, Measured
+from gradwatch.probe.holdings import Holdings, steps_taken
 from gradwatch.probe.lane import on_host
-from gradwatch.probe.norms import LOW_PRECISION, Columns, is_sharded, l2_norms, stack
+from gradwatch.probe.norms import l2_norms, stack
 from gradwatch.probe.recorder import Row, logged
-from gradwatch.probe.sampling import Sample, is_sampled
+from gradwatch.probe.sampler import Sampler
+from gradwatch.probe.sampling import is_sampled
 
 if TYPE_CHECKING:
-    from gradwatch.probe.seam import ClipEvent, NormEvent
     from gradwatch.probe.session import Session
 
 
@@ -46,14 +45,13 @@ class OptimizerProbe:
     ) -> None:
         self.session, self.name, self.index = session, name, index
         self.optimizers = list(optimizers)
+        self.holds = Holdings(name, optimizers, positions, session.writer.manifest.tensors, session.columns.groups)
         self.step = 0
         self.attempted = Attempted()
-        self._positions = positions
         self._tensor_rates = tensor_rates
-        self._groups = session.columns.groups
-        self._sample: Sample | None = None
-        self._sample_first = 0
-        self._sampling_off = False
+        #: The host columns of its next row.
+        self._host = self._blank_row()
+        self._sampler = Sampler(self)
         self._stepped: set[int] = set()
         #: Steps taken since the run began here, and backward passes before the last one.
         self.taken = 0
@@ -71,24 +69,6 @@ class OptimizerProbe:
         self.searching = True
         #: The bounding clip of the last step, for the checks of a sample.
         self.last_clip: Clip | None = None
-        self.refresh()
-
-    # -- what belongs to it
-
-    def refresh(self) -> None:
-        """Take in parameters and groups as they are now; called again when a group was added."""
-        self.parameters: list[Tensor] = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        self.columns = Columns(self.parameters, [self._positions.get(id(p), -1) for p in self.parameters])
-        self.groups: list[dict[str, Any]] = [g for o in self.optimizers for g in o.param_groups]
-        self._lists = {id(o): (o.param_groups, len(o.param_groups)) for o in self.optimizers}
-        self._host: list[float] = [math.nan] * len(self.session.columns.host)
-        self._host[0] = self.index
-        first = len(col.HOST)
-        #: Groups that have columns, and where their rate and decay stand in a row.
-        self._slots = [
-            (group, group["params"], first + i, first + self._groups + i)
-            for i, group in enumerate(self.groups[: self._groups])
-        ]
 
     def attach(self) -> None:
         for optimizer in self.optimizers:
@@ -100,86 +80,22 @@ class OptimizerProbe:
             handle.remove()
         self._handles.clear()
         self.attempted = Attempted()
-        self._sample = None
+        self._sampler.take()
 
-    def named(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Its parameters with their names and columns; −1 for one that has no column."""
-        names = self.session.writer.manifest.tensors
-        for index, parameter in enumerate(self.parameters):
-            column = int(self.columns.all[index])
-            yield names[column].name if column >= 0 else f"{self.name}.{index}", parameter, column
+    def keep_up(self, optimizer: Optimizer) -> None:
+        """Take in groups that were added, or that ``load_state_dict`` put in the place of others."""
+        if self.holds.changed(optimizer):
+            self.session.group_added(self)
+            self.holds.refresh()
+            self._host = self._blank_row()
 
-    def gradients_of(self, clip: Clip) -> list[Tensor]:
-        """The present gradients of the parameters that a clip covered."""
-        covered = set(clip.columns.tolist())
-        return [p.grad for _, p, column in self.named() if column in covered and p.grad is not None]
+    def _blank_row(self) -> list[float]:
+        return [self.index, *[math.nan] * (len(self.session.columns.host) - 1)]
 
-    def decay_of_columns(self, count: int) -> npt.NDArray[np.float64]:
-        """Weight decay of each of the run's tensors, 0 for those of other optimizers."""
-        decays = np.zeros(count)
-        for group in self.groups:
-            for parameter in group["params"]:
-                column = self._positions.get(id(parameter), -1)
-                if column >= 0:
-                    decays[column] = group.get("weight_decay") or 0.0
-        return decays
+    # -- clips
 
-    # -- clips, as the seam reports them
-
-    def saw_clip(self, event: ClipEvent, wide: list[Tensor] | None, scale: Tensor | float | None) -> None:
-        """A clip by norm that touched some of this optimizer's parameters; ``wide`` are its norms in float32."""
-        for optimizer in self.optimizers:
-            self._keep_up(optimizer)
-        parameters, grads = event.parameters, event.grads
-        if len(grads) != len(parameters):
-            parameters = [p for p in parameters if p.grad is not None]
-        columns, whole = self.columns.of(parameters)
-        if not whole:
-            covered = {id(p) for p in parameters}
-            whole = all(p.grad is None or id(p) in covered for p in self.parameters)
-        norm = event.norm
-        norms: Tensor | None = None
-        total_is_l2 = False
-        if wide is not None:
-            norms = stack(wide)
-        elif norm is not None and norm.norm_type == 2.0 and len(norm.tensors) == len(grads):
-            norms, total_is_l2 = norm.norms, norm.norms is not None
-        norm_type = 2.0 if norm is None else norm.norm_type
-        total = event.total_norm
-        if is_sharded(total):
-            total = torch.full((), math.nan)  # the global norm is known to the agent, which sees all ranks
-        max_norm = event.max_norm
-        clip = Clip(columns, whole, norms, total, max_norm, norm_type, total_is_l2, self.attempted.backwards, scale)
-        clip.watched = whole or any(p is self.watched for p in parameters)
-        clip.plain = (
-            whole
-            and len(columns) == len(self.parameters)
-            and norms is not None
-            and norm_type == 2.0
-            and scale is None
-            and max_norm < math.inf
-            and isinstance(total, Tensor)
-            and on_host(total)
-            and on_host(norms)
-        )
-        self._keep_clip(clip)
-
-    def log_clip(self, total_norm: Tensor | float, max_norm: float) -> None:
-        """A clip reported by the loop: of all parameters, and done already."""
-        clip = Clip(
-            self.columns.all,
-            True,
-            None,
-            total_norm,
-            float(max_norm),
-            2.0,
-            False,
-            self.attempted.backwards,
-            logged=True,
-        )
-        self._keep_clip(clip)
-
-    def _keep_clip(self, clip: Clip) -> None:
+    def saw(self, clip: Clip) -> None:
+        """A clip of this optimizer's parameters belongs to the attempted step under way."""
         if self.frozen:
             return
         clips = self.attempted.clips
@@ -233,7 +149,7 @@ class OptimizerProbe:
         """Gradients are as the optimizer will use them: measure what no clip measured, copy at a sampled step."""
         if not self._started:
             self._start(optimizer)
-        self._keep_up(optimizer)
+        self.keep_up(optimizer)
         attempted = self.attempted
         clips = attempted.clips
         # A clip of every parameter measured every parameter; anything less is completed here.
@@ -243,15 +159,8 @@ class OptimizerProbe:
             self.measure(optimizer)
         session = self.session
         session.contracts.before_step(self)
-        if is_sampled(self.taken) and not self._sampling_off and len(self._stepped) == 0:
-            self._begin_sample()
-
-    def _keep_up(self, optimizer: Optimizer) -> None:
-        """Take in groups that were added, or that ``load_state_dict`` put in the place of others."""
-        groups, count = self._lists.get(id(optimizer), (None, 0))
-        if optimizer.param_groups is not groups or len(groups) != count:
-            self.session.group_added(self)
-            self.refresh()
+        if is_sampled(self.taken) and len(self._stepped) == 0:
+            self._sampler.begin()
 
     def start_at(self, step: int) -> None:
         """Number the next step ``step``: a resumed training goes on counting."""
@@ -264,13 +173,13 @@ class OptimizerProbe:
 
     def measure(self, optimizer: Optimizer, first: bool = False) -> None:
         """Take the norms of the gradients that ``optimizer`` is about to use; ``first``: before every clip."""
-        parameters = self.parameters
+        parameters = self.holds.parameters
         if len(self.optimizers) > 1:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with_grad = [p for p in parameters if p.grad is not None]
         if not with_grad:
             return
-        columns, _ = self.columns.of(with_grad)
+        columns, _ = self.holds.columns.of(with_grad)
         norms = stack(l2_norms([p.grad for p in with_grad if p.grad is not None]))
         scale = getattr(optimizer, "grad_scale", None)
         measured = Measured(columns, norms, scale, first)
@@ -279,23 +188,6 @@ class OptimizerProbe:
         else:
             self.attempted.measured = measured
         self.attempted.flags |= col.MEASURED if not self.attempted.clips else 0
-
-    def _begin_sample(self) -> None:
-        try:
-            state = self.optimizers[0].state if len(self.optimizers) == 1 else _joint_state(self.optimizers)
-            known = [(p, self._positions[id(p)]) for p in self.parameters if id(p) in self._positions]
-            self._sample = Sample(
-                [p for p, _ in known],
-                [position for _, position in known],
-                state,
-                self._sample_first,
-                self.session.histograms,
-            )
-            self._sample_first = self._sample.next_first
-        except torch.OutOfMemoryError:
-            self._sample = None
-            self._sampling_off = True
-            self.session.aside.say("out of memory while copying weights: samples are off for this run")
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         session = self.session
@@ -326,7 +218,7 @@ class OptimizerProbe:
         self.attempted.join_parts()
         self._write(0, found_inf)
         session = self.session
-        sample, self._sample = self._sample, None
+        sample = self._sampler.take()
         if sample is not None:
             session.write_sample(self, sample, found_inf)
         session.contracts.after_step(self)
@@ -337,7 +229,7 @@ class OptimizerProbe:
 
     def skipped(self) -> None:
         """A GradScaler decided to skip this attempted step: a row, but no step."""
-        self._sample = None
+        self._sampler.take()
         if self.attempted.measured is None and not self.attempted.clips:
             self.measure(self.optimizers[0])
         self.attempted.join_parts()
@@ -358,7 +250,7 @@ class OptimizerProbe:
         host[5] = attempted.flags | flags
         host[6] = math.nan
         host[7] = attempted.value_threshold
-        plain = self._read_groups(host)
+        plain = self.holds.read_groups(host)
         loss = train.take_loss()
         if (
             plain
@@ -370,68 +262,6 @@ class OptimizerProbe:
             return
         self.attempted = Attempted()
         clips = attempted.effective_clips()
-        scale, rates = session.loss_scale(self), self._tensor_rates_now()
+        scale, rates = session.loss_scale(self), self.holds.tensor_rates() if self._tensor_rates else []
         row = Row(self.index, self.step, attempted, clips, loss, scale, found_inf, rates)
         session.recorder.write(row, host)
-
-    def _read_groups(self, host: list[float]) -> bool:
-        """Put rates and decays into their columns; False where a rate is on a device and travels with its values."""
-        plain = True
-        for group, params, rate_at, decay_at in self._slots:
-            if group["params"] is not params:
-                self._lists = {}  # others were put in their place: taken in before the next step
-            rate, decay = group.get("lr"), group.get("weight_decay")
-            if rate.__class__ is not float:
-                if isinstance(rate, Tensor) and rate.device.type != "cpu":
-                    rate, plain = math.nan, False
-                else:
-                    rate = _number(rate)
-            host[rate_at] = rate
-            host[decay_at] = decay if decay.__class__ is float else _number(decay)
-        return plain
-
-    def _tensor_rates_now(self) -> list[Tensor | float]:
-        """Learning rates on a device, as copies that the next step of a scheduler does not change."""
-        if not self._tensor_rates:
-            return []
-        rates = [group["lr"] for group in self.groups[: self._groups]]
-        return [r.clone() if isinstance(r, Tensor) and r.device.type != "cpu" else math.nan for r in rates]
-
-
-def _number(value: object) -> float:
-    """A setting of a group as a column holds it; NaN where it has none or none that is a number."""
-    try:
-        return math.nan if value is None else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return math.nan
-
-
-def needs_wide_norms(event: NormEvent) -> bool:
-    """Whether a clip's own norms will not do: another norm type, a coarse dtype, shards, or none captured."""
-    norms = event.norms
-    return (
-        event.norm_type != 2.0
-        or norms is None
-        or norms.dtype in LOW_PRECISION
-        or (bool(event.tensors) and (is_sharded(event.tensors[0]) or event.tensors[0].dtype in LOW_PRECISION))
-        or (event.mixed and any(tensor.dtype in LOW_PRECISION for tensor in event.tensors))
-    )
-
-
-def steps_taken(optimizer: Optimizer) -> int:
-    """How many steps a restored optimizer has taken, where its state says so on the host, else 0.
-
-    Adam and its kin keep ``step`` in their state; a checkpoint brings it back,
-    which is how a resumed run continues its numbering without being told.
-    """
-    for state in optimizer.state.values():
-        step = state.get("step") if isinstance(state, dict) else None
-        if isinstance(step, Tensor) and step.device.type == "cpu" and step.numel() == 1:
-            return int(step.item())
-        if isinstance(step, int | float):
-            return int(step)
-    return 0
-
-
-def _joint_state(optimizers: Sequence[Optimizer]) -> dict[Any, Any]:
-    return {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}

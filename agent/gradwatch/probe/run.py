@@ -202,9 +202,7 @@ class Run:
         if session is None:
             return
         try:
-            for probe in session.probes:
-                if optimizer in (None, probe.name):
-                    probe.log_clip(total_norm, float(max_norm))
+            session.log_clip(total_norm, float(max_norm), optimizer)
         except Exception as error:
             session.aside.refused(error, "log_clip")
 

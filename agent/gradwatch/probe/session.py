@@ -21,9 +21,10 @@ from gradwatch.probe.backward import BackwardWatch
 from gradwatch.probe.contract import Contracts
 from gradwatch.probe.lane import Lane, Values, gather, on_host
 from gradwatch.probe.norms import l2_norms
-from gradwatch.probe.optimizer import OptimizerProbe, needs_wide_norms
+from gradwatch.probe.optimizer import OptimizerProbe
 from gradwatch.probe.recorder import Recorder
 from gradwatch.probe.sampling import Sample, is_sampled
+from gradwatch.probe.sighting import clip_logged, clip_seen, needs_wide_norms
 from gradwatch.probe.train_log import TrainLog
 
 if TYPE_CHECKING:
@@ -117,8 +118,11 @@ class Session:
             self._wide = None
         for probe in self.probes:
             # The first parameter decides in nearly all cases, at the price of one look-up.
-            if event.parameters[0] in probe.columns or any(p in probe.columns for p in event.parameters):
-                probe.saw_clip(event, wide, self._scale_of(probe))
+            columns = probe.holds.columns
+            if event.parameters[0] in columns or any(p in columns for p in event.parameters):
+                for optimizer in probe.optimizers:
+                    probe.keep_up(optimizer)
+                probe.saw(clip_seen(probe, event, wide, self._scale_of(probe)))
         self.recorder.spent += perf_counter() - began
 
     def before_value_clip(self, event: ValueClipEvent) -> object | None:
@@ -127,7 +131,7 @@ class Session:
             return None
         sampled = False
         for probe in self.probes:
-            if probe.frozen or not any(p in probe.columns for p in event.parameters):
+            if probe.frozen or not any(p in probe.holds.columns for p in event.parameters):
                 continue
             probe.attempted.value_threshold = float(event.clip_value)
             probe.attempted.flags |= col.CLIPPED_BY_VALUE
@@ -155,6 +159,12 @@ class Session:
 
     def on_failure(self, error: BaseException) -> None:
         self.aside.failed(error, "observing a clip or a scaler")
+
+    def log_clip(self, total_norm: Tensor | float, max_norm: float, optimizer: str | None) -> None:
+        """The loop reports a clip that an engine did, of the named optimizer's parameters or of all."""
+        for probe in self.probes:
+            if optimizer in (None, probe.name):
+                probe.saw(clip_logged(probe, total_norm, max_norm))
 
     # -- what the scaler reports
 
@@ -262,7 +272,7 @@ class Session:
     def group_added(self, probe: OptimizerProbe) -> None:
         """A parameter group came while training: its numbers are in an event, its tensors in the global norm only."""
         groups = [group for optimizer in probe.optimizers for group in optimizer.param_groups]
-        for index in range(len(probe.groups), len(groups)):
+        for index in range(len(probe.holds.groups), len(groups)):
             values = {k: v for k, v in groups[index].items() if isinstance(v, int | float | str | bool)}
             values["parameters"] = sum(p.numel() for p in groups[index]["params"])
             self.event("group", optimizer=probe.name, group=index, values=values)

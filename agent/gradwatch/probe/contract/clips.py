@@ -158,7 +158,7 @@ class ClipChecks:
         covered = {int(c) for clip in clips for c in clip.columns}
         names = [
             name
-            for name, parameter, column in probe.named()
+            for name, parameter, column in probe.holds.named()
             if parameter.grad is not None and column >= 0 and column not in covered
         ]
         if names:
@@ -178,7 +178,7 @@ class ClipChecks:
         if probe.searching:
             return
         for clip in clips:
-            grads = probe.gradients_of(clip)
+            grads = _gradients_of(probe, clip)
             if not grads or clip.logged or any(is_sharded(g) for g in grads):
                 continue
             tolerance = max(TOLERANCE.get(g.dtype, _TOLERANCE_WIDE) for g in grads)
@@ -200,3 +200,9 @@ class ClipChecks:
                 judge(after.reshape(1).numpy())
             else:
                 self._session.lane.send(gather([after]), judge)
+
+
+def _gradients_of(probe: OptimizerProbe, clip: Clip) -> list[Tensor]:
+    """The present gradients of the parameters that a clip covered."""
+    covered = set(clip.columns.tolist())
+    return [p.grad for _, p, column in probe.holds.named() if column in covered and p.grad is not None]

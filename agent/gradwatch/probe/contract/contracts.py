@@ -86,7 +86,7 @@ class Contracts:
         optimizer = self._facts["optimizers"][probe.index]
         if optimizer["decay"] != "coupled" or not math.isfinite(clipped_norm):
             return
-        decays = probe.decay_of_columns(len(weight_norms))
+        decays = probe.holds.decay_of_columns(len(weight_norms))
         known = np.isfinite(weight_norms) & (decays > 0)
         pull = float(np.sqrt(np.sum((decays[known] * weight_norms[known].astype(np.float64)) ** 2)))
         self._dominates[probe.index] = self._dominates[probe.index] + 1 if pull > clipped_norm else 0

@@ -97,12 +97,12 @@ class GradientChecks:
         """Note which parameters have a gradient, where not all have."""
         absent = [
             (name, parameter)
-            for name, parameter, _ in probe.named()
+            for name, parameter, _ in probe.holds.named()
             if parameter.grad is None and parameter.requires_grad and id(parameter) not in self._reached
         ]
         if probe.taken >= MISSING_STEPS:
             self.awaits = False
-            if absent and len(absent) < len(probe.parameters):
+            if absent and len(absent) < len(probe.holds.parameters):
                 names = [name for name, _ in absent]
                 self._report.violation(
                     "gradients-missing",
@@ -113,6 +113,6 @@ class GradientChecks:
             self._reached.clear()
         elif absent:
             missing = {id(parameter) for _, parameter in absent}
-            self._reached |= {id(p) for p in probe.parameters if id(p) not in missing}
+            self._reached |= {id(p) for p in probe.holds.parameters if id(p) not in missing}
         else:
             self.awaits = False

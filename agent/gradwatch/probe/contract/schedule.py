@@ -22,7 +22,7 @@ class ScheduleChecks:
 
     def backward(self, probe: OptimizerProbe) -> None:
         """A backward pass: has the rate moved since the one before it?"""
-        rate = probe.groups[0]["lr"]
+        rate = probe.holds.groups[0]["lr"]
         if isinstance(rate, Tensor):
             return
         former = self._at_backward
@@ -39,7 +39,7 @@ class ScheduleChecks:
         former, self._at_backward = self._at_backward, None
         if probe.taken != 0 or former is None:
             return
-        rate = probe.groups[0]["lr"]
+        rate = probe.holds.groups[0]["lr"]
         if not isinstance(rate, Tensor) and rate != former and self._scheduled(probe):
             self._violation(probe, former, rate, "before the first optimizer step")
 
