@@ -253,7 +253,8 @@ ALERTS_A_DAY = (
 
 # -- versions and retrains, all from the bridge
 
-VERSION = f"max by (model, alias, version, run) ({series('model_version_info')})"
+#: Of the model, whichever run trained it: the run under watch has no version of its own yet.
+VERSION = of_all_runs(f"max by (model, alias, version, run) ({series('model_version_info')})")
 VERSION_SCORE = f"max by (model, version, name) ({series('model_version_score', NO_COST)})"
 VERSION_GAP = f"max by (model, version) ({series('model_version_gap')})"
 VERSION_COMPLETE = f"min by (model, version) ({series('metadata_complete')})"
@@ -272,7 +273,7 @@ def version_cost(name: str) -> str:
 
 SCORE_DROP_BUDGET = f"max by (model, name) ({series('score_drop_budget')})"
 DRIFT = f"max by (model, name) ({series('hyperparameter_drift')})"
-REGISTERED = (
+REGISTERED = of_all_runs(
     f"max by (model, name) ({series('model_version_hyperparameter')}"
     f" * on (model, version) group_left () max by (model, version) ({series('model_version_info', CURRENT)}))"
 )
