@@ -93,10 +93,13 @@ def test_prometheus_sees_the_clip_rate_that_the_loop_counted(tmp_path: Path) -> 
             selector = f'{{run="{run}"}}'
 
             def finished() -> bool:
-                seen = prometheus.query(f"gradwatch_steps_total{selector}")
-                return bool(seen) and seen[0][1] == STEPS
+                # The end is told behind the last step: a scrape that holds it holds every count, too.
+                seen = prometheus.query(f'gradwatch_run_state{{run="{run}",state="finished"}}')
+                return bool(seen) and seen[0][1] == 1
 
-            services.eventually(finished, "Prometheus to see the last step", 30)
+            services.eventually(finished, "Prometheus to see the end of the run", 30)
+            ((_, steps),) = prometheus.query(f"gradwatch_steps_total{selector}")
+            assert steps == STEPS
             clipped = sum(step["clipped"] for step in truth)
             assert 0 < clipped < STEPS
             ((_, counted),) = prometheus.query(f"gradwatch_clipped_steps_total{selector}")
@@ -108,8 +111,6 @@ def test_prometheus_sees_the_clip_rate_that_the_loop_counted(tmp_path: Path) -> 
             assert rate == pytest.approx(clipped / STEPS, abs=0.1)
             ((_, norm),) = prometheus.query(f"gradwatch_grad_norm{selector}")
             assert norm == pytest.approx(truth[-1]["norm"], rel=1e-5)
-            ((_, state),) = prometheus.query(f'gradwatch_run_state{{run="{run}",state="finished"}}')
-            assert state == 1
             rates = prometheus.query(f"gradwatch_learning_rate{selector}")
             assert [value for _, value in rates] == [1e-3]
             exposition = services.fetch(f"http://{address}/metrics")
