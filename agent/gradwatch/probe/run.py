@@ -148,10 +148,11 @@ class Run:
     ) -> None:
         """Log the training loss of a step (mean over the batch), and whatever else is measured in training.
 
-        A device tensor is kept as one and never synchronised. Behind
-        ``optimizer.step()`` the loss belongs to that step; in a loop that logs
-        before its first step, to the step that follows. Several calls in one
-        step count with their mean. ``samples`` is how many samples the step
+        A device tensor is kept as one and never synchronised. A loss belongs to
+        the step that it was computed for, whether it is logged before or behind
+        ``optimizer.step()``; several of one step count with their mean. Where
+        autograd does not tell (gradients set by hand), a loop that logs before
+        its first step logs ahead of every step. ``samples`` is how many samples the step
         consumed; other metrics are averaged until the next validation, which
         they are compared with.
         """

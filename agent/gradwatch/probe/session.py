@@ -55,7 +55,7 @@ class Session:
         self.lane = lane or Lane()
         self.recorder = Recorder(writer, columns, self.lane, perf_counter())
         self.histograms = any(s.name == "histogram" for s in writer.manifest.sections)
-        self.train = TrainLog(self.recorder)
+        self.train = TrainLog(self.recorder, self._losses_uncertain)
         self.contracts = Contracts(self, facts)
         self.recorder.landed = self.contracts.row_landed
         self.probes = [
@@ -238,6 +238,10 @@ class Session:
             reason = "torch.compile has traced a clip: the compiled code is not seen, norms of this run are unknown"
             self.event("metadata", values={"unchecked.clips": reason})
         return self.traced
+
+    def _losses_uncertain(self) -> None:
+        reason = "logged before the first step and with nothing to tell their step by: they may stand one step off"
+        self.event("metadata", values={"unchecked.losses": reason})
 
     def learned(self, backwards: int) -> None:
         """Write what could not be known before the first step."""

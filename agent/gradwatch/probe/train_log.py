@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from gradwatch.probe.lane import on_host
+from gradwatch.probe.origin import StepMark
 from gradwatch.probe.recorder import Number, Recorder
 
 
 class TrainLog:
-    """Losses find their step by where the loop logs them.
+    """Losses find their step by when they were computed, whether logged before or behind ``optimizer.step()``.
 
-    Logged behind ``optimizer.step()``, a loss belongs to that step; where the
-    first loss comes before the first step, losses belong to the step that
-    follows. Several in one step (micro-batches) count with their mean.
+    Autograd tells that (`gradwatch.probe.origin`). Where it cannot, they belong
+    to the step that follows in a loop that logs before its first step, else to
+    the last one. Several of one step (micro-batches) count with their mean.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, uncertain: Callable[[], None] = lambda: None) -> None:
         self._recorder = recorder
-        self._before_step: bool | None = None
-        self._pending: Number = None
-        self._count = 0
-        self._since = 0
+        #: Called once where losses may stand one step off.
+        self._uncertain = uncertain
+        self._mark = StepMark()
+        #: Losses of the step to come, and of the last one.
+        self._next, self._last = _Mean(), _Mean()
+        #: Where autograd is silent: whether the first loss came before the first step.
+        self._ahead: bool | None = None
+        #: Whether what was logged ahead may be no loss of a step, such as an evaluation before training.
+        self._doubtful = self._said = False
         self._samples = math.nan
         #: Whether the loop ever said how many samples a step consumed.
         self.samples_logged = False
@@ -32,6 +39,7 @@ class TrainLog:
 
     def loss(self, loss: Tensor | float) -> None:
         """Note a loss; a device tensor stays one."""
+        ahead = self._is_ahead(loss)
         value: Number = loss
         if isinstance(loss, Tensor):
             value = loss.detach()
@@ -40,19 +48,29 @@ class TrainLog:
             if on_host(value):
                 value = value.item()
         self.metric("loss", value)
-        recorder = self._recorder
-        if self._before_step is None:
-            self._before_step = recorder.sequence == 0
-        if not self._before_step and self._since != recorder.sequence:
-            self._since, self._count = recorder.sequence, 0
-        self._count += 1
-        self._pending = value if self._count == 1 else self._pending + value  # type: ignore[operator]
-        if not self._before_step:
-            recorder.add_loss(self._mean())
+        if ahead:
+            self._next.add(value)
+            return
+        if self._doubtful:
+            self._last, self._doubtful = _Mean(), False
+        self._last.add(value)
+        self._recorder.add_loss(self._last.value)
 
-    def _mean(self) -> Number:
-        """Mean of what was logged for one step; a device tensor where the losses are."""
-        return self._pending if self._count == 1 else self._pending / self._count  # type: ignore[operator]
+    def _is_ahead(self, loss: Tensor | float) -> bool:
+        """Whether a loss is of the step to come."""
+        if self._recorder.sequence == 0:
+            if self._ahead is None:
+                self._ahead, self._doubtful = True, not self._mark.passed
+            return True
+        behind = self._mark.is_behind(loss)
+        if behind is not None:
+            return behind
+        if self._ahead is None:
+            self._ahead = False
+        if self._ahead and self._doubtful and not self._said:
+            self._said = True
+            self._uncertain()
+        return self._ahead
 
     def samples(self, count: int | float) -> None:
         """Samples of the step under way (or, with losses logged behind it, of the next)."""
@@ -65,12 +83,10 @@ class TrainLog:
         self._sums[name] = (former + (value.detach() if isinstance(value, Tensor) else value), count + 1)
 
     def take_loss(self) -> Number:
-        """The loss for the row that is being written, if losses come before their step."""
-        if not self._before_step or self._count == 0:
-            return None
-        loss = self._mean()
-        self._pending, self._count = None, 0
-        return loss
+        """The loss for the row that is being written, of what was logged ahead of it."""
+        self._mark.set()
+        self._last, self._next = self._next, _Mean()
+        return self._last.value
 
     def take_samples(self) -> float:
         count, self._samples = self._samples, math.nan
@@ -81,3 +97,22 @@ class TrainLog:
         means = {name: total / count for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
+
+
+class _Mean:
+    """The mean of numbers; a device tensor where they are."""
+
+    __slots__ = ("count", "total")
+
+    def __init__(self) -> None:
+        self.total: Any = None
+        self.count = 0
+
+    def add(self, value: Number) -> None:
+        self.total = value if self.count == 0 else self.total + value
+        self.count += 1
+
+    @property
+    def value(self) -> Number:
+        """None of nothing."""
+        return self.total / self.count if self.count > 1 else self.total  # type: ignore[no-any-return]
