@@ -50,7 +50,7 @@ demo: $(READY)
 	@$(BIN)/gradwatch demo
 
 test: $(READY) services
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 chaos: $(READY)
 	@$(BIN)/python -m tests.chaos.campaign --trainers 200 --agents 100 --write docs/reliability.md

@@ -21,6 +21,8 @@ from gradwatch.demo.train import corrupt_steps
 from gradwatch.journal import JournalReader, StepRows, find_attempts
 from tests.services import eventually, fetch, free_port
 
+#: One worker runs them all, so that one demo serves them.
+pytestmark = pytest.mark.xdist_group("demo")
 STEPS = 300
 
 

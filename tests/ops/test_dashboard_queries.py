@@ -22,7 +22,7 @@ from tests.ops.dashboard_support.history import History, PastRun, blocks
 from tests.ops.dashboard_support.panels import ROOT, Target, load, request, substituted, targets
 from tests.services import Prometheus, program
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.xdist_group("queries")]
 
 EVERY, HOUR = 60.0, 3600.0
 END = time.time() // EVERY * EVERY

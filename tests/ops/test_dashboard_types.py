@@ -20,7 +20,7 @@ import pytest
 
 from tests.ops.dashboard_support.panels import load, panels
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.xdist_group("types")]
 
 SCHEMA, TYPESCRIPT = "@grafana/schema@12.4.2", "typescript@5.9.3"
 KINDS = {

@@ -28,7 +28,7 @@ from tests.ops.dashboard_support.panels import Target, request, targets
 from tests.ops.test_alerts_end_to_end import generated
 from tests.ops.test_dashboard_queries import OF_LIVE_ONLY
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.xdist_group("live"), pytest.mark.timeout(400)]
 
 MODEL, FINISHED, LIVE = "churn", "finished-1", "live-1"
 #: A dashboard's range, in which most panels have a point each quarter of a minute.
