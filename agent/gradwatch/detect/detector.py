@@ -7,12 +7,14 @@ whether it watches, catches up, or is replayed over an old journal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from gradwatch.catalog import FINDING, Severity
 from gradwatch.collect.model import Finding
 from gradwatch.collect.run import Observation
+from gradwatch.journal.manifest import Optimizer
 
 
 class Detector(Protocol):
@@ -41,9 +43,10 @@ def found(
     message: str,
     evidence: Mapping[str, Any],
     severity: Severity | None = None,
+    advice: str = "",
     active: bool = True,
 ) -> Finding:
-    """A finding with the catalogue's severity (unless another is given) and advice."""
+    """A finding with the catalogue's severity and advice, unless others are given."""
     known = FINDING[code]
     assert seen.facts is not None
     return Finding(
@@ -54,8 +57,24 @@ def found(
         time=time,
         message=message,
         evidence=evidence,
-        advice=known.advice,
+        advice=advice or known.advice,
         rank=seen.rank,
         attempt=seen.attempt,
         active=active,
     )
+
+
+def budget(seen: Observation, code: str, default: float) -> float:
+    """What the run tolerates before ``code`` is raised, in the unit of the detector's own default: the number that
+    the run has set for the code (``watch(budgets={code: ...})``), where it has set one that can be such."""
+    assert seen.facts is not None
+    value = seen.facts.manifest.budgets.get(code)
+    sane = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return float(value) if sane and value is not None else default
+
+
+def optimizer_of(seen: Observation, index: int) -> Optimizer:
+    """The optimizer of a row's index, for advice that fits it."""
+    assert seen.facts is not None
+    known = seen.facts.manifest.optimizers
+    return known[index] if 0 <= index < len(known) else Optimizer("default")
