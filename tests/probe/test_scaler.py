@@ -453,7 +453,8 @@ heard = []
 class Log:
     def __getattr__(self, name):
         return lambda *what: heard.append((name, what[-1] if name == "after_step" else None))
-seen.acquire(Log())
+log = Log()
+seen.acquire(log)
 assert "torch.distributed.fsdp.sharded_grad_scaler" not in sys.modules
 dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler

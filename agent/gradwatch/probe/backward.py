@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 from torch import Tensor
 
@@ -51,43 +52,49 @@ class _Hook:
     """
 
     def __init__(self, probe: OptimizerProbe, contracts: Contracts) -> None:
-        self._probe, self._contracts = probe, contracts
-        self._handles: list[Any] = []
+        self.probe, self.contracts = probe, contracts
+        self.aside = probe.session.aside
+        #: The parameter's dictionaries of hooks, and the number of ours in each.
+        self._put: list[tuple[dict[int, Any], int]] = []
         self._turn = 0
 
     def move(self) -> None:
         """Sit on the next parameter that may get a gradient, beginning with the last, whose comes first."""
         self.remove()
-        candidates = [p for p in self._probe.holds.parameters if p.requires_grad and p.is_leaf]
+        candidates = [p for p in self.probe.holds.parameters if p.requires_grad and p.is_leaf]
         if not candidates:
-            self._probe.searching = False
+            self.probe.searching = False
             return
         self._turn += 1
-        self._probe.searching = self._turn <= min(len(candidates), TRIES)
+        self.probe.searching = self._turn <= min(len(candidates), TRIES)
         chosen: Any = candidates[-(self._turn % len(candidates))]
-        self._probe.watched = chosen
+        self.probe.watched = chosen
         begins, accumulated = self._observers(chosen)
-        self._handles = [chosen.register_hook(begins), chosen.register_post_accumulate_grad_hook(accumulated)]
+        before, behind = chosen.register_hook(begins), chosen.register_post_accumulate_grad_hook(accumulated)
+        self._put = [(chosen._backward_hooks, before.id), (chosen._post_accumulate_grad_hooks, behind.id)]
 
     def _observers(self, parameter: Tensor) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-        probe, contracts = self._probe, self._contracts
-        aside = probe.session.aside
+        # The parameter may outlive the run, and must not keep it.
+        here = ref(self)
         cleared, asked = False, None
 
         def begins(_: Tensor) -> None:
             nonlocal cleared, asked
-            if aside.off or probe.frozen:
+            hook = here()
+            if hook is None or hook.aside.off or hook.probe.frozen:
                 return
             try:
                 cleared = parameter.grad is None
-                asked = None if cleared else contracts.ask(probe, parameter)
+                asked = None if cleared else hook.contracts.ask(hook.probe, parameter)
             except Exception as error:
-                aside.failed(error, "observing a backward pass")
+                hook.aside.failed(error, "observing a backward pass")
 
         def accumulated(_: Tensor) -> None:
-            if aside.off or probe.frozen:
+            hook = here()
+            if hook is None or hook.aside.off or hook.probe.frozen:
                 return
             try:
+                probe, contracts = hook.probe, hook.contracts
                 attempted = probe.attempted
                 if cleared and attempted.backwards:
                     # Gradients were cleared without a step: what was seen of them belongs to nothing.
@@ -98,14 +105,15 @@ class _Hook:
                 contracts.backward(probe, cleared, asked)
                 attempted.backwards += 1
             except Exception as error:
-                aside.failed(error, "observing a backward pass")
+                hook.aside.failed(error, "observing a backward pass")
 
-        for hook in (begins, accumulated):
+        for observer in (begins, accumulated):
             # A model is pickled for other processes without its hooks, as torch says, and without its warning.
-            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]
+            observer.__torch_unserializable__ = True  # type: ignore[attr-defined]
         return begins, accumulated
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        # Not by torch's handles: they know their dictionaries weakly, and no longer when the collector ends a run.
+        for hooks, number in self._put:
+            hooks.pop(number, None)
+        self._put = []

@@ -154,6 +154,11 @@ def watch_process_end(callback: Callable[[End], object], evidence: Path | None =
     return watch
 
 
+def pending() -> End | None:
+    """The end that is under way, if ``sys.exit`` was called and nobody has caught it."""
+    return _hooks.pending
+
+
 _watches: list[EndWatch] = []
 
 

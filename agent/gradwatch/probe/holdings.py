@@ -54,6 +54,11 @@ class Holdings:
         groups, count = self._lists.get(id(optimizer), (None, 0))
         return optimizer.param_groups is not groups or len(groups) != count
 
+    def forget(self) -> None:
+        """Let go of all of it: the run is over."""
+        self.optimizers.clear()
+        self.refresh()
+
     # -- tensors
 
     def named(self) -> Iterator[tuple[str, Tensor, int]]:

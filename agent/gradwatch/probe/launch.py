@@ -85,10 +85,10 @@ class AgentHandle:
         """Where it listens, like ``127.0.0.1:9460``; None while it does not."""
         return agent_address(self.root)
 
-    def finished(self, run: str | None = None) -> None:
+    def finished(self, run: str | None = None, *, wait: bool = True) -> None:
         """A run has ended. Waits for its drain in a PID 1; elsewhere nothing waits but the interpreter's end."""
         self._ended_at = time.time()
-        if os.getpid() == 1 and self.alive():
+        if wait and os.getpid() == 1 and self.alive():
             self.wait_drained(run=run)
 
     def wait_drained(

@@ -1,8 +1,13 @@
-"""Who is told of what happens in torch: several runs at once, read in the training loop without a lock."""
+"""Who is told of what happens in torch: several runs at once, read in the training loop without a lock.
+
+Listeners are held weakly. What replaces a function of torch must not keep a
+run alive, and with it a model, that nobody else remembers.
+"""
 
 from __future__ import annotations
 
 from typing import Generic, Protocol, TypeVar
+from weakref import ref
 
 
 class Fallible(Protocol):
@@ -18,27 +23,28 @@ class Listeners(Generic[L]):
     """Counted by identity; ``now`` holds each once, and is replaced as a whole.
 
     The caller holds a lock around :meth:`add` and :meth:`remove`; who reads
-    ``now`` needs none.
+    ``now`` needs none. One that is gone stays in ``now`` until the next change.
     """
 
     def __init__(self) -> None:
-        self.now: tuple[L, ...] = ()
-        self._holds: list[L] = []
+        self.now: tuple[ref[L], ...] = ()
+        self._holds: list[ref[L]] = []
 
     def add(self, listener: L) -> None:
-        self._holds.append(listener)
+        self._holds.append(ref(listener))
         self._refresh()
 
     def remove(self, listener: L) -> None:
         """Give back one hold; one that is not there is ignored."""
         for index, held in enumerate(self._holds):
-            if held is listener:
+            if held() is listener:
                 del self._holds[index]
                 break
         self._refresh()
 
     def _refresh(self) -> None:
-        self.now = tuple({id(held): held for held in self._holds}.values())
+        self._holds = [held for held in self._holds if held() is not None]
+        self.now = tuple({id(held): held for held in self._holds}.values())  # an object has one such reference
 
 
 def failed(listener: Fallible, error: Exception) -> None:

@@ -82,6 +82,12 @@ class OptimizerProbe:
         self.attempted = Attempted()
         self._sampler.take()
 
+    def forget(self) -> None:
+        """Let go of the optimizer and its parameters: whoever is done with them gets their memory back at once."""
+        self.optimizers.clear()
+        self.holds.forget()
+        self.watched = self.last_clip = None
+
     def keep_up(self, optimizer: Optimizer) -> None:
         """Take in groups that were added, or that ``load_state_dict`` put in the place of others."""
         if self.holds.changed(optimizer):

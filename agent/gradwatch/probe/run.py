@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -103,7 +104,9 @@ class Run:
 
     A context manager: an exception that leaves the block ends the run as
     failed, with its type as the reason. Without ``with``, uncaught exceptions
-    and ``sys.exit`` are noticed as well.
+    and ``sys.exit`` are noticed as well. A run that is never finished lives as
+    long as it or its optimizer is held somewhere; it ends when the garbage
+    collector takes both, or with the process.
 
     Attributes:
         id: the run's identity, the label ``run``; "" for an inert run.
@@ -115,7 +118,8 @@ class Run:
         self, session: Session | None, aside: Aside | None, optimizers: Mapping[str, Sequence[Optimizer]]
     ) -> None:
         self._session = session
-        self._optimizers = optimizers
+        # Weakly: a run that is over, and kept for its name, must not keep a model.
+        self._optimizers = {name: [ref(part) for part in parts] for name, parts in optimizers.items()}
         self._aside = aside
         manifest = session.writer.manifest if session is not None else None
         self.id: str = manifest.run if manifest is not None else ""
@@ -227,7 +231,8 @@ class Run:
         if optimizer is not None and optimizer not in self._optimizers:
             raise ValueError(f"optimizer: no {optimizer!r} here; this run watches {', '.join(self._optimizers)}")
         chosen = self._optimizers.values() if optimizer is None else [self._optimizers[optimizer]]
-        parameters = [p for parts in chosen for part in parts for group in part.param_groups for p in group["params"]]
+        there = [part for parts in chosen for held in parts if (part := held()) is not None]
+        parameters = [p for part in there for group in part.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +296,13 @@ class Run:
     def _live(self) -> Session | None:
         session = self._session
         return None if session is None or session.aside.off else session
+
+    def __del__(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            from gradwatch.probe import unfinished
+
+            unfinished.end(self, session)
 
     def __repr__(self) -> str:
         return f"<gradwatch.Run {self.id or 'inert'}>"

@@ -159,7 +159,10 @@ def _update(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tell(method: str, *what: Any) -> None:
-    for listener in _listeners.now:
+    for held in _listeners.now:
+        listener = held()
+        if listener is None:
+            continue
         try:
             getattr(listener, method)(*what)
         except Exception as error:

@@ -60,7 +60,10 @@ def _observed(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: LRScheduler, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, optimizer, *args, **kwargs)
-        for listener in _listeners.now:
+        for held in _listeners.now:
+            listener = held()
+            if listener is None:
+                continue
             try:
                 listener.on_scheduler(self)
             except Exception as error:

@@ -5,7 +5,8 @@ drops them. The seam keeps them. It puts its own function into the ``func`` cell
 of the ``no_grad`` wrapper around each entry point of ``torch.nn.utils``, so that
 whoever imported a name by value is seen too; where there is no such cell,
 module attributes are replaced instead. One seam serves all runs of a process:
-the first listener installs it, the last one out restores torch exactly.
+the first listener installs it, the last one out restores torch exactly. Listeners
+are held weakly; one that is gone without a word is taken out at the next change.
 
 All norms are **pre-clip**, of the gradients as they stand (scaled, if a loss
 scale is in them), and stay on their device: nothing here waits for it.
@@ -274,7 +275,10 @@ def _clip_value(original: Function, heard_by: Listeners[Listener]) -> Function:
         clip_value = float(clip_value)
         event = ValueClipEvent(params, [g for p in params if (g := p.grad) is not None], clip_value)
         tokens: list[tuple[Listener, object | None]] = []
-        for listener in listeners:
+        for held in listeners:
+            listener = held()
+            if listener is None:
+                continue
             try:
                 tokens.append((listener, listener.before_value_clip(event)))
             except Exception as error:
@@ -293,16 +297,22 @@ def _listed(tensors: _Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _tell_norm(listeners: tuple[Listener, ...], event: NormEvent) -> None:
-    for listener in listeners:
+def _tell_norm(listeners: tuple[ref[Listener], ...], event: NormEvent) -> None:
+    for held in listeners:
+        listener = held()
+        if listener is None:
+            continue
         try:
             listener.on_norm(event)
         except Exception as error:
             failed(listener, error)
 
 
-def _tell_clip(listeners: tuple[Listener, ...], event: ClipEvent) -> None:
-    for listener in listeners:
+def _tell_clip(listeners: tuple[ref[Listener], ...], event: ClipEvent) -> None:
+    for held in listeners:
+        listener = held()
+        if listener is None:
+            continue
         try:
             listener.on_clip(event)
         except Exception as error:

@@ -90,6 +90,15 @@ class Session:
             probe.detach()
         self.backward.detach()
 
+    def forget(self) -> None:
+        """The run is over: hold nothing of the training, which the garbage collector would have to find."""
+        for probe in self.probes:
+            probe.forget()
+        for known in (self._scalers, self._scaler_of):
+            known.clear()
+        self._new_schedulers = []
+        self._value_clip, self._wide = [], None
+
     def probe_of(self, optimizer: Optimizer | None) -> OptimizerProbe | None:
         for probe in self.probes:
             if any(member is optimizer for member in probe.optimizers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -17,7 +17,7 @@ from gradwatch import __version__
 from gradwatch.journal import JournalWriter, attempt_directory, layout
 from gradwatch.journal.manifest import Manifest, Optimizer
 from gradwatch.journal.writer import DEFAULT_CAPACITY
-from gradwatch.probe import ends, identity, launch, metadata, scaler, schedulers, seam, tensors
+from gradwatch.probe import ends, identity, launch, metadata, scaler, schedulers, seam, tensors, unfinished
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import MAX_GROUPS, StepColumns
@@ -47,6 +47,7 @@ os.register_at_fork(after_in_child=_inert_in_child)
 def begin(settings: Settings, aside: Aside) -> Run:
     """Start recording. Raises ``OSError`` or whatever else went wrong; nothing is left hooked then."""
     _end_former(settings)
+    unfinished.clear_up(_sessions)
     root = settings.root or launch.default_root(os.environ)
     who = identity.resolve(settings.name, os.environ, root)
     if who.warning:
@@ -108,12 +109,13 @@ def begin(settings: Settings, aside: Aside) -> Run:
         schedulers.acquire(session)
         setup.check_decay(session.contracts.report, facts["optimizers"], table)
         setup.check_coverage(session.contracts.report, _not_optimized(settings))
-        run._ends = ends.watch_process_end(run._ended, writer.directory / layout.SIGTERM)
+        run._ends = ends.watch_process_end(_weakly(run), writer.directory / layout.SIGTERM)
     except BaseException:
         _let_go(run, session)
         writer.close()
         raise
     _sessions.add(session)
+    # It also keeps the run for as long as its optimizer is there, though the loop may not have kept it.
     session.ended_by_successor = functools.partial(run.finish, reason="watched again")
     try:
         # The tracking server's credentials reach the agent by its environment and are written nowhere.
@@ -122,6 +124,18 @@ def begin(settings: Settings, aside: Aside) -> Run:
     except Exception as error:
         aside.failed(error, "starting the agent")
     return run
+
+
+def _weakly(run: Run) -> Callable[[ends.End], None]:
+    """What the end of the process is told to, which does not keep the run alive until then."""
+    here = weakref.ref(run)
+
+    def told(end: ends.End) -> None:
+        run = here()
+        if run is not None:
+            run._ended(end)
+
+    return told
 
 
 def _end_former(settings: Settings) -> None:
@@ -141,6 +155,7 @@ def finish(run: Run, session: Session, end: dict[str, Any]) -> None:
     session.event("end", **end)
     _sessions.discard(session)
     session.writer.close()
+    session.forget()
     if run._agent is not None:
         run._agent.finished(run.id)
 
