@@ -1,6 +1,6 @@
 """What the agent costs: memory over a long run, CPU beside many ranks, a scrape, and how soon a step is seen.
 
-    python benchmarks/bench_agent.py [--quick] [memory] [cpu] [scrape] [latency]
+    python benchmarks/bench_agent.py [--quick] [memory] [mlflow] [cpu] [scrape] [latency] [upload]
 
 The agent runs as the process that it is; journals are written by another one,
 as a training does, without the training. Limits are printed beside what was
@@ -219,6 +219,48 @@ def latency(directory: Path, count: int) -> None:
         )
 
 
+def upload(directory: Path, mlflow: str, count: int) -> None:
+    """From the writing of a window's last row to the answer of an MLflow server that holds the window."""
+    from mlflow import MlflowClient
+
+    root = directory / "journals"
+    root.mkdir()
+    client = MlflowClient(mlflow)
+    with agent(root, "--mlflow", mlflow) as _:
+        journal = JournalBuilder(root, clock=WallClock())
+        times = []
+
+        def run_id() -> str | None:
+            found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+            return str(found[0].info.run_id) if found else None
+
+        def uploaded() -> int:
+            point = client.get_run(run).data.metrics.get("gradwatch/grad_norm_last")
+            return -1 if point is None else int(point)
+
+        journal.step(grad_norm=0.0, loss=1.0)
+        while (run := run_id()) is None:
+            time.sleep(0.1)
+        for end in range(10, 10 * (count + 4), 10):
+            # At this pace windows are of ten steps, and the norm tells which step it was. A window is complete when
+            # the step behind it is there: until then its last row may still get its loss.
+            began = 0.0
+            for step in range(end - 9, end + 1):
+                began = time.perf_counter() if step == end - 1 else began
+                journal.step(grad_norm=float(step), loss=1.0)
+                time.sleep(0.15 if step < end else 0.0)
+            while uploaded() < end - 1:
+                time.sleep(0.02)
+            times.append(time.perf_counter() - began)
+        journal.end()
+        # The first windows also make the run and its parameters.
+        times = times[3:]
+        print(
+            f"upload: the last step of a window is in MLflow after {statistics.median(times):.2f} s "
+            f"(median of {count}), at most {max(times):.2f} s (limit 5 s; a step each 0.15 s)"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the time")
@@ -229,18 +271,21 @@ def main() -> None:
         root, ranks, tensors, rate, seconds = chosen.write
         write(Path(root), int(ranks), int(tensors), float(rate), float(seconds))
         return
-    parts = chosen.parts or ["memory", "mlflow", "cpu", "scrape", "latency"]
+    parts = chosen.parts or ["memory", "mlflow", "cpu", "scrape", "latency", "upload"]
     scale = 0.1 if chosen.quick else 1.0
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="gradwatch-bench-") as name:
             directory = Path(name)
             if part == "memory":
                 memory(directory, 125 * scale, 8_000, None)
-            elif part == "mlflow":
+            elif part in ("mlflow", "upload"):
                 from tests.services import MlflowServer
 
                 with MlflowServer(directory / "mlflow") as server:
-                    memory(directory, 125 * scale, 8_000, server.url)
+                    if part == "mlflow":
+                        memory(directory, 125 * scale, 8_000, server.url)
+                    else:
+                        upload(directory, server.url, max(5, int(30 * scale)))
             elif part == "cpu":
                 cpu(directory, max(8.0, 30 * scale))
             elif part == "scrape":
