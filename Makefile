@@ -33,7 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'gradwatch needs Python >= 3.11 with venv (Debian: apt-get install python3-venv)' >&2; exit 1; }
 	@echo 'setting up $(VENV) with $(PYTHON)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo '  1 of 2: torch, some 200 MB'
 	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@echo '  2 of 2: gradwatch with all that its tests need, two or three minutes'
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
