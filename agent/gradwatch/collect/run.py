@@ -14,7 +14,7 @@ from gradwatch.collect.life import Motion, sigterm_stack, true_end, untold_end
 from gradwatch.collect.model import RunEnd, RunFacts
 from gradwatch.collect.rows import Rows
 from gradwatch.collect.tail import Polled, RankTail
-from gradwatch.journal import JournalReader
+from gradwatch.journal import JournalReader, PayloadRows
 from gradwatch.journal.layout import Place
 from gradwatch.journal.manifest import Manifest
 
@@ -63,6 +63,9 @@ class Observation:
     events: list[dict[str, Any]]
     #: Row -> names of tensors that were not finite.
     broken: Mapping[int, list[str]]
+    #: The rank's own manifest, and its samples, which may come before the rows of their steps.
+    manifest: Manifest
+    samples: PayloadRows
     told: Told = field(default_factory=Told)
     begun: bool = False
     closed: bool = False
@@ -179,6 +182,8 @@ class RunTail:
             rows=progress.final,
             events=polled.events,
             broken=tail.broken,
+            manifest=tail.manifest,
+            samples=polled.samples,
             told=told,
             begun=polled.begun is not None,
             closed=polled.closed,
