@@ -43,6 +43,10 @@ class Clip:
     scale: Tensor | float | None = None
     #: Reported by ``log_clip``, not seen.
     logged: bool = False
+    #: By a total that the loop came to by itself, as where it sums over the ranks of a pipeline.
+    own_total: bool = False
+    #: Whether the loop had changed the gradients by hand before it.
+    touched: bool = False
     #: Whether it covered the parameter whose backward passes are counted: only then its place among them is known.
     watched: bool = False
     #: On the CPU, of every parameter, below infinity, by the L2 norm, its own norms known: little to work out.
@@ -71,6 +75,10 @@ class Attempted:
     measured: Measured | None = None
     #: Measurements of optimizers that are stepped one after the other, joined when the last has stepped.
     parts: list[Measured] = field(default_factory=list)
+    #: Norms of gradients that torch refused to clip since they are not finite, and raised.
+    refused: Measured | None = None
+    #: Whether a GradScaler steps the optimizer, which then takes the loss scale out of the gradients.
+    scaler_steps: bool = False
     flags: int = 0
 
     def clear(self) -> None:
@@ -80,6 +88,8 @@ class Attempted:
         self.backwards = 0
         self.measured = None
         self.parts.clear()
+        self.refused = None
+        self.scaler_steps = False
         self.flags = 0
 
     def join_parts(self) -> None:

@@ -16,6 +16,8 @@ from weakref import ref
 
 from torch import Tensor
 
+from gradwatch.probe.sampling import is_sampled
+
 if TYPE_CHECKING:
     from gradwatch.probe.contract import Contracts
     from gradwatch.probe.optimizer import OptimizerProbe
@@ -96,7 +98,11 @@ class _Hook:
             try:
                 probe, contracts = hook.probe, hook.contracts
                 attempted = probe.attempted
-                if cleared and attempted.backwards:
+                if attempted.refused is not None:
+                    probe.give_up()
+                    contracts.given_up(probe)
+                    attempted = probe.attempted
+                elif cleared and attempted.backwards:
                     # Gradients were cleared without a step: what was seen of them belongs to nothing.
                     attempted.clear()
                     contracts.given_up(probe)
@@ -104,6 +110,8 @@ class _Hook:
                 probe.searching = False
                 contracts.backward(probe, cleared, asked)
                 attempted.backwards += 1
+                asks = probe.session.scaled or is_sampled(probe.taken)
+                probe.touch.note(parameter if asks else None)
             except Exception as error:
                 hook.aside.failed(error, "observing a backward pass")
 

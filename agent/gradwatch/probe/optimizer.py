@@ -20,6 +20,7 @@ from gradwatch.probe.norms import l2_norms, stack
 from gradwatch.probe.recorder import Row, logged
 from gradwatch.probe.sampler import Sampler
 from gradwatch.probe.sampling import is_sampled
+from gradwatch.probe.touch import Touch
 
 if TYPE_CHECKING:
     from gradwatch.probe.session import Session
@@ -65,6 +66,7 @@ class OptimizerProbe:
         self.blind = False
         #: The parameter whose backward passes are counted.
         self.watched: Tensor | None = None
+        self.touch = Touch()
         #: Whether it may be one that takes no part, so that none is seen: the hook tries others then.
         self.searching = True
         #: The bounding clip of the last step, for the checks of a sample.
@@ -76,6 +78,7 @@ class OptimizerProbe:
             self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def detach(self) -> None:
+        self.give_up()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -87,6 +90,7 @@ class OptimizerProbe:
         self.optimizers.clear()
         self.holds.forget()
         self.watched = self.last_clip = None
+        self.touch.note(None)
 
     def keep_up(self, optimizer: Optimizer) -> None:
         """Take in groups that were added, or that ``load_state_dict`` put in the place of others."""
@@ -108,6 +112,32 @@ class OptimizerProbe:
         if len(clips) >= 1024:  # clips for ever and never a step: only the newest can matter
             del clips[:512]
         clips.append(clip)
+
+    def refuse(self) -> None:
+        """Torch refused to clip, and raised: keep the norms until it is seen whether the loop steps all the same."""
+        if self.frozen:
+            return
+        self.give_up()
+        former, flags = self.attempted.measured, self.attempted.flags
+        self.measure(self.optimizers[0], first=True)
+        attempted = self.attempted
+        attempted.refused, attempted.measured, attempted.flags = attempted.measured, former, flags
+        if attempted.refused is not None:
+            attempted.refused.scale = self.session.scale_in(self)
+        self.session.train.hold_back()
+
+    def give_up(self) -> None:
+        """No step came behind a clip that was refused: the attempt is recorded as one that was skipped."""
+        attempted = self.attempted
+        if attempted.refused is None or self.session.aside.off:
+            return
+        try:
+            attempted.measured, attempted.refused = attempted.refused, None
+            attempted.clips.clear()
+            attempted.flags |= col.MEASURED
+            self._write(col.SKIPPED, None, given_up=True)
+        except Exception as error:
+            self.session.aside.failed(error, "recording an attempt that was given up")
 
     # -- around the step
 
@@ -158,6 +188,9 @@ class OptimizerProbe:
         self.keep_up(optimizer)
         attempted = self.attempted
         clips = attempted.clips
+        if clips and clips[0].scale is not None and not attempted.scaler_steps and clips[0].touched:
+            for clip in clips:  # no scaler takes the scale out of these gradients: the loop had done it by itself
+                clip.scale = None
         # A clip of every parameter measured every parameter; anything less is completed here.
         if not (
             clips and clips[-1].whole and clips[-1].norms is not None and clips[-1].backwards == attempted.backwards
@@ -166,6 +199,8 @@ class OptimizerProbe:
         session = self.session
         session.contracts.before_step(self)
         if is_sampled(self.taken) and len(self._stepped) == 0:
+            if attempted.measured is not None and not clips:
+                session.measured_without_clip(self)
             self._sampler.begin()
 
     def start_at(self, step: int) -> None:
@@ -241,9 +276,11 @@ class OptimizerProbe:
         self.attempted.join_parts()
         self._write(col.SKIPPED, None)
 
-    def _write(self, flags: int, found_inf: Tensor | None) -> None:
+    def _write(self, flags: int, found_inf: Tensor | None, given_up: bool = False) -> None:
         session = self.session
         attempted, train = self.attempted, session.train
+        if not self._started:  # an attempt without a step calls no hook
+            self._start(self.optimizers[0])
         self._backwards = attempted.backwards
         self.frozen = False
         if attempted.backwards == 0 and is_sampled(self.taken):
@@ -252,12 +289,12 @@ class OptimizerProbe:
         self.last_clip = clips[-1] if clips and clips[-1].max_norm < math.inf else None
         host = self._host
         host[1] = attempted.backwards
-        host[3] = train.take_samples()
+        host[3] = train.take_samples(given_up)
         host[5] = attempted.flags | flags
         host[6] = math.nan
         host[7] = attempted.value_threshold
         plain = self.holds.read_groups(host)
-        loss = train.take_loss()
+        loss = train.take_loss(given_up)
         if (
             plain
             and session.scaler_of(self) is None

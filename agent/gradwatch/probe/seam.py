@@ -59,7 +59,8 @@ class ClipEvent:
 
     ``grads`` are the gradients of ``parameters`` that are not None, in order.
     ``norm`` is the computation that ``total_norm`` came from (told by identity),
-    None where it came from elsewhere.
+    None where it came from elsewhere. ``own_total``: the caller put a number of
+    its own in the place of the computed one, or changed that in place.
     """
 
     parameters: list[Tensor]
@@ -67,6 +68,7 @@ class ClipEvent:
     max_norm: float
     total_norm: Tensor
     norm: NormEvent | None
+    own_total: bool = False
 
 
 @dataclass(slots=True)
@@ -79,16 +81,16 @@ class ValueClipEvent:
 
 
 class Listener(Protocol):
-    """Who is told about clips. What it raises goes to its own ``on_failure``, never to the training loop.
-
-    A call in which torch raised (``error_if_nonfinite``) is not told of.
-    """
+    """Who is told about clips. What it raises goes to its own ``on_failure``, never to the training loop."""
 
     def on_norm(self, event: NormEvent) -> None:
         """A norm was computed; no gradient is clipped yet."""
 
     def on_clip(self, event: ClipEvent) -> None:
         """A clip by norm has run."""
+
+    def on_refused(self, tensors: list[Tensor]) -> None:
+        """The total norm of these gradients was not finite, and torch raised as it was asked to: nothing is clipped."""
 
     def before_value_clip(self, event: ValueClipEvent) -> object | None:
         """A clip by value is about to run; what is returned comes back in :meth:`on_value_clip`."""
@@ -222,7 +224,12 @@ def _total_norm(original: Function, heard_by: Listeners[Listener]) -> Function:
             norm_type = float(norm_type)
             norms, total = norm_alike(given, norm_type)
         else:
-            norms, total = captured_norm(original, given, norm_type, error_if_nonfinite, foreach, **future)
+            try:
+                norms, total = captured_norm(original, given, norm_type, error_if_nonfinite, foreach, **future)
+            except RuntimeError as error:
+                if error_if_nonfinite and "non-finite" in str(error):
+                    _tell_refused(listeners, given)
+                raise
         norm = NormEvent(given, norms, total, float(norm_type), not same)
         _last.remember(norm)
         _tell_norm(listeners, norm)
@@ -256,7 +263,8 @@ def _clip_with_norm(original: Function, heard_by: Listeners[Listener]) -> Functi
             clip_alike_(grads, max_norm, total_norm)
         else:
             original(params, max_norm, total_norm, foreach, **future)
-        _tell_clip(listeners, ClipEvent(params, grads, max_norm, total_norm, _last.recall(total_norm)))
+        norm, own_total = _last.recall(total_norm)
+        _tell_clip(listeners, ClipEvent(params, grads, max_norm, total_norm, norm, own_total))
 
     return _clip_grads_with_norm_
 
@@ -319,6 +327,17 @@ def _tell_clip(listeners: tuple[ref[Listener], ...], event: ClipEvent) -> None:
             failed(listener, error)
 
 
+def _tell_refused(listeners: tuple[ref[Listener], ...], tensors: list[Tensor]) -> None:
+    for held in listeners:
+        listener = held()
+        if listener is None:
+            continue
+        try:
+            listener.on_refused(tensors)
+        except Exception as error:
+            failed(listener, error)
+
+
 def _trace() -> None:
     global _traced
     _traced += 1
@@ -335,17 +354,25 @@ class _Last(threading.local):
     model's gradients alive into the next backward pass.
     """
 
-    _seen: tuple[Tensor, list[ref[Tensor]], Tensor | None, float, bool] | None = None
+    _seen: tuple[Tensor, int, list[ref[Tensor]], Tensor | None, float, bool] | None = None
 
     def remember(self, norm: NormEvent) -> None:
-        self._seen = (norm.total, [ref(t) for t in norm.tensors], norm.norms, norm.norm_type, norm.mixed)
+        refs = [ref(t) for t in norm.tensors]
+        self._seen = (norm.total, _version(norm.total), refs, norm.norms, norm.norm_type, norm.mixed)
 
-    def recall(self, total: Tensor) -> NormEvent | None:
+    def recall(self, total: Tensor) -> tuple[NormEvent | None, bool]:
+        """The computation of ``total``, and whether its value is another one than was computed."""
         if self._seen is None or self._seen[0] is not total:
-            return None
-        _, refs, norms, norm_type, mixed = self._seen
+            return None, True
+        _, version, refs, norms, norm_type, mixed = self._seen
         tensors = [t for r in refs if (t := r()) is not None]
-        return NormEvent(tensors, norms, total, norm_type, mixed) if len(tensors) == len(refs) else None
+        norm = NormEvent(tensors, norms, total, norm_type, mixed) if len(tensors) == len(refs) else None
+        return norm, _version(total) != version
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of one that does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _last = _Last()

@@ -77,6 +77,8 @@ class Session:
         #: Ends the run where its optimizer is watched anew; set when it has begun.
         self.ended_by_successor: Callable[[], None] = lambda: None
         self._accumulation = 0
+        #: Optimizers whose gradients somebody changes by hand.
+        self._touched: set[str] = set()
 
     # -- life
 
@@ -131,8 +133,17 @@ class Session:
             if event.parameters[0] in columns or any(p in columns for p in event.parameters):
                 for optimizer in probe.optimizers:
                     probe.keep_up(optimizer)
-                probe.saw(clip_seen(probe, event, wide, self._scale_of(probe)))
+                probe.saw(clip_seen(probe, event, wide, self.scale_in(probe)))
         self.recorder.spent += perf_counter() - began
+
+    def on_refused(self, tensors: list[Tensor]) -> None:
+        """A clip was refused, and torch raises: whether a step follows all the same is up to the loop."""
+        if self.aside.off:
+            return
+        refused = {id(tensor) for tensor in tensors}
+        for probe in self.probes:
+            if any(p.grad is not None and id(p.grad) in refused for p in probe.holds.parameters):
+                probe.refuse()
 
     def before_value_clip(self, event: ValueClipEvent) -> object | None:
         """A clip by value begins; at a sampled step, keep what the gradients were."""
@@ -186,6 +197,9 @@ class Session:
 
     def before_step(self, scaler: GradScaler, optimizer: Optimizer, fused: bool) -> None:
         self._meet(scaler, optimizer)
+        probe = self.probe_of(optimizer)
+        if probe is not None:
+            probe.attempted.scaler_steps = True
 
     def after_step(self, scaler: GradScaler, optimizer: Optimizer, skipped: bool | Tensor | None) -> None:
         """An unfused step that was skipped called no hook of the optimizer: its row is written here."""
@@ -209,6 +223,11 @@ class Session:
         elif scaler not in self._scaler_of.values():
             self._elsewhere.add(id(scaler))
 
+    @property
+    def scaled(self) -> bool:
+        """Whether a loss may have been scaled."""
+        return bool(self._scalers)
+
     def scaler_of(self, probe: OptimizerProbe) -> GradScaler | None:
         """The scaler that steps this optimizer; before its first step, the only one that was seen."""
         if not self._scalers:
@@ -225,7 +244,7 @@ class Session:
         scale = None if scaler is None else scalers.loss_scale(scaler)
         return None if scale is None else scale.clone()  # `update` changes it in place
 
-    def _scale_of(self, probe: OptimizerProbe) -> Tensor | float | None:
+    def scale_in(self, probe: OptimizerProbe) -> Tensor | float | None:
         """The scale still in an optimizer's gradients: there was a ``scale`` and not yet an ``unscale_``."""
         scaler = self.scaler_of(probe)
         if scaler is None or id(scaler) not in self._scaled:
@@ -247,6 +266,13 @@ class Session:
             reason = "torch.compile has traced a clip: the compiled code is not seen, norms of this run are unknown"
             self.event("metadata", values={"unchecked.clips": reason})
         return self.traced
+
+    def measured_without_clip(self, probe: OptimizerProbe) -> None:
+        """Norms were measured at a step: are gradients what the backward pass left? Said once where they are not."""
+        if probe.name not in self._touched and not self.scaled and probe.touch.happened():
+            self._touched.add(probe.name)
+            reason = "gradients were changed by code that is not seen: norms are those that the step used"
+            self.event("metadata", values={f"unchecked.norms.{probe.name}": reason})
 
     def _losses_uncertain(self) -> None:
         reason = "logged before the first step and with nothing to tell their step by: they may stand one step off"

@@ -45,7 +45,7 @@ def clip_seen(probe: OptimizerProbe, event: ClipEvent, wide: list[Tensor] | None
     if wide is not None:
         norms = stack(wide)
     elif norm is not None and norm.norm_type == 2.0 and len(norm.tensors) == len(grads):
-        norms, total_is_l2 = norm.norms, norm.norms is not None
+        norms, total_is_l2 = norm.norms, norm.norms is not None and not event.own_total
     norm_type = 2.0 if norm is None else norm.norm_type
     total = event.total_norm
     if is_sharded(total):
@@ -53,12 +53,16 @@ def clip_seen(probe: OptimizerProbe, event: ClipEvent, wide: list[Tensor] | None
     max_norm = event.max_norm
     clip = Clip(columns, whole, norms, total, max_norm, norm_type, total_is_l2, probe.attempted.backwards, scale)
     clip.watched = whole or any(p is probe.watched for p in parameters)
+    clip.own_total = event.own_total
+    if scale is not None:
+        clip.touched = probe.touch.happened(seen=int(clip.watched))  # the clip has run already, and was a change
     clip.plain = (
         whole
         and len(columns) == len(holds.parameters)
         and norms is not None
         and norm_type == 2.0
         and scale is None
+        and not event.own_total
         and max_norm < math.inf
         and isinstance(total, Tensor)
         and on_host(total)

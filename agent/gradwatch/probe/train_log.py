@@ -28,6 +28,9 @@ class TrainLog:
         self._mark = StepMark()
         #: Losses of the step to come, and of the last one.
         self._next, self._last = _Mean(), _Mean()
+        #: Those of an attempt of which it is open whether a step follows, and its samples.
+        self._held: _Mean | None = None
+        self._held_samples = math.nan
         #: Where autograd is silent: whether the first loss came before the first step.
         self._ahead: bool | None = None
         #: Whether what was logged ahead may be no loss of a step, such as an evaluation before training.
@@ -50,6 +53,9 @@ class TrainLog:
         self.metric("loss", value)
         if ahead:
             self._next.add(value)
+            return
+        if self._held is not None:
+            self._held.add(value)
             return
         if self._doubtful:
             self._last, self._doubtful = _Mean(), False
@@ -82,15 +88,30 @@ class TrainLog:
         former, count = self._sums.get(name, (0.0, 0))
         self._sums[name] = (former + (value.detach() if isinstance(value, Tensor) else value), count + 1)
 
-    def take_loss(self) -> Number:
+    def hold_back(self) -> None:
+        """An attempted step may come to nothing: what was logged so far is its, what is computed from now on not."""
+        self._mark.set()
+        self._held, self._next = self._next, _Mean()
+        self._held_samples, self._samples = self._samples, math.nan
+
+    def take_loss(self, given_up: bool = False) -> Number:
         """The loss for the row that is being written, of what was logged ahead of it."""
+        held, self._held = self._held, None
+        if held is not None and given_up:
+            self._last = held
+            return held.value
         self._mark.set()
         self._last, self._next = self._next, _Mean()
+        if held is not None:
+            self._last.join(held)
         return self._last.value
 
-    def take_samples(self) -> float:
+    def take_samples(self, given_up: bool = False) -> float:
+        held, self._held_samples = self._held_samples, math.nan
+        if given_up:
+            return held
         count, self._samples = self._samples, math.nan
-        return count
+        return count if math.isnan(held) else held if math.isnan(count) else held + count
 
     def take_means(self) -> dict[str, Any]:
         """Means of the training metrics since the last validation."""
@@ -111,6 +132,11 @@ class _Mean:
     def add(self, value: Number) -> None:
         self.total = value if self.count == 0 else self.total + value
         self.count += 1
+
+    def join(self, other: _Mean) -> None:
+        if other.count:
+            self.total = other.total if self.count == 0 else self.total + other.total
+            self.count += other.count
 
     @property
     def value(self) -> Number:

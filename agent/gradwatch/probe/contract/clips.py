@@ -39,7 +39,7 @@ class ClipChecks:
         self._session, self._report = session, report
         self._declared = session.writer.manifest.max_norm
         self._without = 0
-        self._clip_seen = False
+        self._clip_seen = self._own_said = False
         self._former_clipped = True
         self._behind = 0
 
@@ -58,6 +58,10 @@ class ClipChecks:
             self._no_clip(probe)
             return
         self._clip_seen = True
+        if not self._own_said and any(clip.own_total for clip in bounded):
+            self._own_said = True
+            reason = "the loop clips by a norm that it came to by itself: its worth and its effect are not judged"
+            self._session.event("metadata", values={f"unchecked.clip-norm.{probe.name}": reason})
         judged = self._check_scale(probe, bounded) or self._check_place(probe, bounded)
         self._former_clipped = True
         if not judged and is_sampled(probe.taken):
@@ -179,7 +183,7 @@ class ClipChecks:
             return
         for clip in clips:
             grads = _gradients_of(probe, clip)
-            if not grads or clip.logged or any(is_sharded(g) for g in grads):
+            if not grads or clip.logged or clip.own_total or any(is_sharded(g) for g in grads):
                 continue
             tolerance = max(TOLERANCE.get(g.dtype, _TOLERANCE_WIDE) for g in grads)
             norms = [torch.linalg.vector_norm(local(g).float(), clip.norm_type) for g in grads]

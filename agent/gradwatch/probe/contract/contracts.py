@@ -72,7 +72,7 @@ class Contracts:
         """The values of a row that took the long way are on the host."""
         clip = row.clips[0] if len(row.clips) == 1 else None
         # A reported norm may be of shards elsewhere: nothing here could say that it is wrong.
-        if clip is not None and clip.whole and clip.scale is None and not clip.logged:
+        if clip is not None and clip.whole and clip.scale is None and not (clip.logged or clip.own_total):
             self._clips[row.optimizer].landed(row.step, clip.norm_type, grad_norm, grad_norm_l2)
 
     def sample_landed(
