@@ -1,5 +1,5 @@
 # What one does with this project. Each target first sets up what it needs: a virtual environment in
-# .venv, and Prometheus, Alertmanager and PostgreSQL where apt can bring them. Needs: make, Python >= 3.11.
+# .venv, and Prometheus, Alertmanager, PostgreSQL and Chromium where apt can bring them. Needs: make, Python >= 3.11.
 
 VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
@@ -11,7 +11,7 @@ CAPABLE := import sys, venv, ensurepip; sys.version_info >= (3, 11) or sys.exit(
 PYTHON  ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 /usr/bin/python3,$(shell $(p) -c '$(CAPABLE)' 2>/dev/null)))
 
 # What Debian calls the programs that are not Python packages.
-SERVICES := prometheus prometheus-alertmanager postgresql
+SERVICES := prometheus prometheus-alertmanager postgresql chromium chromium-driver
 
 .DEFAULT_GOAL := help
 .PHONY: help setup services demo test chaos verify bench generate clean
@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 
 # RUNLEVEL=1 keeps Debian from starting the daemons: tests start their own, on loopback.
 services:
-	@if { command -v prometheus && command -v promtool && command -v prometheus-alertmanager && command -v amtool && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1; then :; \
+	@if { command -v prometheus && command -v promtool && command -v prometheus-alertmanager && command -v amtool && command -v chromium && command -v chromedriver && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && [ -e /etc/debian_version ] && command -v apt-get >/dev/null; then \
 	  echo 'installing $(SERVICES) by apt'; \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SERVICES); } >/dev/null \

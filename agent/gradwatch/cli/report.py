@@ -1,0 +1,67 @@
+"""``gradwatch report``: one run as one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradwatch.cli import CommandError
+from gradwatch.cli.findings import read_findings
+from gradwatch.cli.locate import find
+from gradwatch.journal import JournalError
+
+
+def command(
+    run: Annotated[
+        str,
+        typer.Argument(help="A run's name or id, an MLflow run id, or a journal directory.", show_default=False),
+    ],
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where the journals are; by default GRADWATCH_DIR, or where trainings write.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write; by default report-RUN.html here.", show_default=False),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON and write no page.")] = False,
+) -> None:
+    """Write one self-contained HTML page about a run: the verdict first, then findings, curves, layers, the last steps.
+
+    It opens offline, in light and dark, on paper and on a phone. The run may be under way: the page then
+    tells of it as it stands.
+
+    Examples:
+
+        gradwatch report quiet-heron-3f
+        gradwatch report /scratch/journals/my-run --out my-run.html
+        gradwatch report my-run --json | jq -r '.verdict[].text'
+    """
+    from gradwatch.tools.report.record import read
+    from gradwatch.tools.report.verdict import verdict
+
+    recorded = find(run, directory)
+    try:
+        record = read(recorded.places)
+    except JournalError as error:
+        raise CommandError(str(error)) from None
+    findings = read_findings(recorded)
+    if json_output:
+        said = [{"tone": sentence.tone, "text": sentence.text} for sentence in verdict(record, findings)]
+        print(json.dumps({"run": record.facts.run, "verdict": said}, indent=2))
+        return
+    from gradwatch.tools.report.page import render
+
+    path = out or Path(f"report-{recorded.run}.html")
+    try:
+        path.write_text(render(record, findings), encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}; name another file with --out") from None
+    print(f"wrote {path}")

@@ -1,0 +1,7 @@
+"""One run as one page: what happened to it, said first in words, then shown.
+
+record   reads the journals of a run into arrays
+verdict  says in sentences how the run did
+figures  draws what is behind the sentences (plotly)
+page     puts both into one HTML file that needs nothing beside it
+"""
