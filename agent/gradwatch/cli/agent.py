@@ -101,7 +101,9 @@ def command(
         print(f"gradwatch agent: another agent follows {directory} already{_who(store.directory)}", file=sys.stderr)
         raise typer.Exit(1) from None
     agent = Agent(
-        Settings(directory.absolute(), until_done, grace, linger, drain), store, _sinks(mlflow, store.directory)
+        Settings(directory.absolute(), until_done, grace, linger, drain),
+        store,
+        _sinks(mlflow, directory.absolute(), store.directory),
     )
     respond = responder(agent)
     try:
@@ -204,13 +206,20 @@ def _who(state: Path) -> str:
         return ""
 
 
-def _sinks(uri: str | None, state: Path) -> list[Sink]:
+def _sinks(uri: str | None, directory: Path, state: Path) -> list[Sink]:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     if uri is None:
         return []
+    from importlib.util import find_spec
+
     from gradwatch.sinks.mlflow import MlflowSink
 
-    return [MlflowSink(uri, state_dir=state)]
+    mlflow = MlflowSink(uri, state_dir=state)
+    if find_spec("plotly") is None:
+        return [mlflow]
+    from gradwatch.sinks.reports import Reports
+
+    return [mlflow, Reports(directory, uri, mlflow.run_id)]
 
 
 def _server(host: str, port: int, respond: Any, token: str | None, cert: Path | None, key: Path | None) -> Any:
