@@ -388,6 +388,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path, make_manifest: 
         hyperparameters={"lr": 0.1, "name": "x", "amsgrad": False},
         mlflow={"run_id": None, "tracking_uri": "http://x"},
         unchecked=({"check": "a", "reason": "b"},),
+        collectives=12,
     )
     writer = JournalWriter(attempt_directory(tmp_path, "run", 0, 0), manifest)
     reader = JournalReader(writer.directory)

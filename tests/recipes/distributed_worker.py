@@ -1,17 +1,21 @@
 """One rank of a small distributed training; started by ``torchrun`` from ``test_distributed.py``.
 
-    distributed_worker.py MODE STEPS [WATCHERS]
+    distributed_worker.py MODE STEPS [WATCHERS [FATE]]
 
-MODE: ddp, fsdp2 (one mesh dimension), hsdp (two: replicate × shard), local-norm
-(DDP whose loop clips by a norm of its own rank). WATCHERS: all, or first (only
-rank 0 is watched).
+MODE: ddp, fsdp2 (one mesh dimension), hsdp (two: replicate × shard), own-norm
+(fsdp2 whose loop gathers the norm by itself and clips by it), local-norm (DDP
+whose loop clips by a norm of its own rank). WATCHERS: all, first (only rank 0 is
+watched), last (only the last rank), or late (ranks but the first are watched
+from step 2 on). FATE: dies (the last rank, killed in front of its third step).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,17 +57,19 @@ def wrap(net: nn.Sequential, mode: str) -> nn.Module:
 
 def main() -> None:
     mode, steps = sys.argv[1], int(sys.argv[2])
-    watchers = sys.argv[3] if len(sys.argv) > 3 else "all"
+    watchers, fate = [*sys.argv[3:], "all", ""][:2] if len(sys.argv) < 5 else sys.argv[3:5]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, world = dist.get_rank(), dist.get_world_size()
     net = wrap(model(), mode)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
     run = None
-    if watchers == "all" or rank == 0:
-        run = gradwatch.watch(net, optimizer, max_norm=0.5, config={"batch_size": BATCH}, model_name="distributed")
-        assert run.failures == 0, run.last_failure
+    begins = {"all": 0, "first": 0 if rank == 0 else steps, "last": 0 if rank == world - 1 else steps}
+    begin = begins.get(watchers, 0 if rank == 0 else 2)
     for step in range(steps):
+        if step == begin:
+            run = gradwatch.watch(net, optimizer, max_norm=0.5, config={"batch_size": BATCH}, model_name="distributed")
+            assert run.failures == 0, run.last_failure
         optimizer.zero_grad()
         x, y = (part.chunk(world)[rank] for part in batch(step))
         loss = nn.functional.mse_loss(net(x), y)
@@ -72,7 +78,13 @@ def main() -> None:
             for p in net.parameters():  # what a forgotten all-reduce leaves: gradients of this rank's data
                 assert p.grad is not None
                 p.grad.mul_(1 + rank)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        if mode == "own-norm":
+            total: Any = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(net.parameters(), 0.5, total.full_tensor())
+        else:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        if fate == "dies" and step == 2 and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         if run is not None:
             run.log_train(loss=loss, samples=len(x))

@@ -6,9 +6,7 @@ is one process that trains on the whole batch.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,38 +14,25 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.agent.service import Agent, Settings
-from gradwatch.agent.store import Store
 from gradwatch.collect.combine import GlobalNorms
-from gradwatch.journal import Events, JournalReader, find_attempts
-from gradwatch.journal.manifest import Manifest
+from tests import torchrun
 from tests.recipes import distributed_worker as worker
-from tests.services import eventually
+from tests.torchrun import Job
 
 STEPS = 5
+THRESHOLD = 0.5
 
 
-def launch(tmp_path: Path, mode: str, world: int, *more: str) -> dict[int, tuple[Manifest, Events]]:
-    """Run the worker under torchrun and read every rank's journal."""
-    root = tmp_path / "journals"
-    environment = {
-        **os.environ,
-        "GRADWATCH_DIR": str(root),
-        "GRADWATCH_RUN": "job",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(world), worker.__file__, mode, str(STEPS), *more]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    journals = {}
-    for place in find_attempts(root):
-        reader = JournalReader(place.path)
-        journals[place.rank] = (reader.manifest, reader.poll())
-        reader.close()
-    return journals
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., Job]:
+    """Run the worker under torchrun, and read every rank's journal."""
+
+    def job(mode: str, world: int, *more: str, ok: bool = True) -> Job:
+        done = torchrun.run(tmp_path / "journals", Path(worker.__file__), world, mode, str(STEPS), *more)
+        assert (done.status == 0) is ok, done.output
+        return done
+
+    return job
 
 
 def reference() -> tuple[list[float], list[list[float]]]:
@@ -67,94 +52,147 @@ def reference() -> tuple[list[float], list[list[float]]]:
     return whole, each
 
 
+def findings(job: Job) -> list[str]:
+    return [e["code"] for _, events in job.journals.values() for e in events.events if e["kind"] == "finding"]
+
+
+def combined(job: Job, world: int) -> list[float | None]:
+    """The global norm of each of rank 0's rows, as an agent that reads all ranks combines it."""
+    norms = GlobalNorms(world)
+    for rank, (manifest, events) in sorted(job.journals.items()):
+        norms.join(rank, manifest)
+        norms.add(rank, events.tensors)
+        partial = norms.norm(int(events.steps.sequence[0]))
+        assert partial is None or rank == world - 1, "a number before every rank was read"
+    return [norms.norm(int(row)) for row in job.journals[0][1].steps.sequence]
+
+
+class Shown:
+    """What the agent exports of a job."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.series = torchrun.serve(tmp_path / "journals")
+
+    def __getitem__(self, metric: str) -> list[float]:
+        return [value for name, value in self.series.items() if name.startswith(f"gradwatch_{metric}{{")]
+
+    @property
+    def findings(self) -> list[str]:
+        return [n for n, v in self.series.items() if n.startswith("gradwatch_finding_active{") and v == 1]
+
+    @property
+    def norms(self) -> list[float]:
+        return [value for value in self["grad_norm"] if not np.isnan(value)]
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_ddp(tmp_path: Path, world: int) -> None:
-    journals = launch(tmp_path, "ddp", world)
-    assert sorted(journals) == list(range(world))
+def test_ddp(launch: Callable[..., Job], world: int) -> None:
+    job = launch("ddp", world)
+    assert sorted(job.journals) == list(range(world))
     whole, each = reference()
-    for manifest, events in journals.values():
+    for manifest, events in job.journals.values():
         assert (manifest.run, manifest.world_size) == ("job", world)
         np.testing.assert_allclose(events.steps["grad_norm"], whole, rtol=1e-5)
         np.testing.assert_allclose(events.tensors.values, each, rtol=1e-5)
         np.testing.assert_array_equal(events.steps["backwards"], 1)
-        assert [e["code"] for e in events.events if e["kind"] == "finding"] == []
+    assert findings(job) == []
 
 
-@pytest.mark.parametrize(("mode", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)])
-def test_sharded_norms_combine_to_the_norm_of_one_process(tmp_path: Path, mode: str, world: int) -> None:
-    journals = launch(tmp_path, mode, world)
-    assert sorted(journals) == list(range(world))
+@pytest.mark.parametrize(("mode", "world"), [("fsdp2", 2), ("fsdp2", 4), ("own-norm", 2)])
+def test_sharded_norms_combine_to_the_norm_of_one_process(launch: Callable[..., Job], mode: str, world: int) -> None:
+    job = launch(mode, world)
+    assert sorted(job.journals) == list(range(world))
     whole, _ = reference()
-    norms = GlobalNorms(world)
-    for rank, (manifest, events) in sorted(journals.items()):
-        assert [e["code"] for e in events.events if e["kind"] == "finding"] == []
+    np.testing.assert_allclose(np.array(combined(job, world), dtype=float), whole, rtol=1e-5)
+    assert findings(job) == []
+    for manifest, events in job.journals.values():
         assert any(t.placement for t in manifest.tensors)
         assert any("clip-before-backward" in entry["check"] for entry in manifest.unchecked)
-        norms.join(rank, manifest)
-        norms.add(rank, events.tensors)
-        partial = norms.norm(int(events.steps.sequence[0]))
-        assert partial is None or rank == max(journals), "a number before every rank was read"
-    combined = [norms.norm(int(row)) for row in journals[0][1].steps.sequence]
-    np.testing.assert_allclose(np.array(combined, dtype=float), whole, rtol=1e-5)
-    for _, events in journals.values():
-        assert np.isnan(events.steps["grad_norm"]).all(), "a rank's own number is of its shards and not the norm"
+        if mode == "fsdp2":
+            assert np.isnan(events.steps["grad_norm"]).all(), "a rank's own number is of its shards and not the norm"
+        else:
+            # The norm that the loop gathered is what each rank used.
+            np.testing.assert_allclose(events.steps["grad_norm"], whole, rtol=1e-5)
 
 
-def test_nothing_waits_for_ranks_that_are_not_watched(tmp_path: Path) -> None:
-    journals = launch(tmp_path, "fsdp2", 2, "first")
-    assert sorted(journals) == [0]
-    manifest, events = journals[0]
-    assert len(events.steps) == STEPS
-    norms = GlobalNorms(2)
-    norms.join(0, manifest)
-    norms.add(0, events.tensors)
-    assert norms.norm(1) is None
-
-
-def test_ranks_that_disagree_write_what_each_used(tmp_path: Path) -> None:
-    journals = launch(tmp_path, "local-norm", 2)
-    first, second = (journals[rank][1].steps["grad_norm"] for rank in (0, 1))
-    np.testing.assert_allclose(second[0], 2 * first[0], rtol=1e-4)
-
-
-def serve(root: Path) -> dict[str, float]:
-    """What an agent that comes behind the job shows of it: series (name and labels) and values."""
-    agent = Agent(Settings(root), Store(root / ".agent"))
-    eventually(lambda: not agent.tick() and agent.runs and all(r.over for r in agent.runs.values()), "the end")
-    text = agent.exposition.render()[0].decode()
-    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
-
-
-def test_the_agent_shows_the_global_norm_once_and_each_rank_beside_it(tmp_path: Path) -> None:
-    launch(tmp_path, "hsdp", 4)
+def test_the_agent_shows_the_global_norm_once_and_each_rank_beside_it(
+    launch: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = launch("hsdp", 4)
     whole, _ = reference()
-    series = serve(tmp_path / "journals")
-    norms = {name: value for name, value in series.items() if name.startswith("gradwatch_grad_norm{")}
-    assert list(norms.values()) == [pytest.approx(whole[-1], rel=1e-5)]
-    (coefficient,) = (v for n, v in series.items() if n.startswith("gradwatch_clip_coefficient{"))
-    assert coefficient == pytest.approx(min(1.0, 0.5 / (whole[-1] + 1e-6)), rel=1e-5)
-    (clipped,) = (v for n, v in series.items() if n.startswith("gradwatch_clipped_steps_total{"))
-    assert clipped == sum(norm > 0.5 for norm in whole)
-    local = [value for name, value in series.items() if name.startswith("gradwatch_rank_grad_norm_local{")]
+    np.testing.assert_allclose(np.array(combined(job, 4), dtype=float), whole, rtol=1e-5)
+    shown = Shown(tmp_path)
+    assert shown.norms == [pytest.approx(whole[-1], rel=1e-5)]
+    assert shown["clip_coefficient"] == [pytest.approx(min(1.0, THRESHOLD / (whole[-1] + 1e-6)), rel=1e-5)]
+    assert shown["clipped_steps_total"] == [sum(norm > THRESHOLD for norm in whole)]
+    local = shown["rank_grad_norm_local"]
     assert len(local) == 4
     # Two replicas of two shards: the shards' squares add up to the whole, twice.
     assert np.sqrt(sum(np.square(local)) / 2) == pytest.approx(whole[-1], rel=1e-5)
-    findings = [n for n, v in series.items() if n.startswith("gradwatch_finding_active{") and v == 1]
-    assert findings == []
+    assert shown.findings == []
 
 
-def test_a_missing_rank_gives_no_norm(tmp_path: Path) -> None:
-    launch(tmp_path, "fsdp2", 2, "first")
-    series = serve(tmp_path / "journals")
-    assert [v for n, v in series.items() if n.startswith("gradwatch_grad_norm{") and not np.isnan(v)] == []
-    (steps,) = (v for n, v in series.items() if n.startswith("gradwatch_steps_total{"))
-    assert steps == STEPS
+@pytest.mark.parametrize("watched", [0, 1])
+def test_nothing_waits_for_ranks_that_are_not_watched_and_no_norm_is_shown(
+    launch: Callable[..., Job], tmp_path: Path, watched: int
+) -> None:
+    job = launch("fsdp2", 2, ["first", "last"][watched])
+    assert sorted(job.journals) == [watched]
+    manifest, events = job.journals[watched]
+    assert len(events.steps) == STEPS
+    norms = GlobalNorms(2)
+    norms.join(watched, manifest)
+    norms.add(watched, events.tensors)
+    assert norms.norm(1) is None
+    shown = Shown(tmp_path)
+    assert shown.norms == []
+    assert shown["steps_total"] == ([STEPS] if watched == 0 else [])
+    assert shown.findings == []
 
 
-def test_ranks_that_disagree_are_a_finding(tmp_path: Path) -> None:
-    launch(tmp_path, "local-norm", 2)
-    series = serve(tmp_path / "journals")
-    active = [n for n, v in series.items() if n.startswith("gradwatch_finding_active{") and v == 1]
-    assert len(active) == 1
-    assert 'code="norm-differs-between-ranks"' in active[0]
+def test_ranks_that_are_watched_from_different_steps_on_give_no_norm(
+    launch: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = launch("fsdp2", 2, "late")
+    assert [len(job.journals[rank][1].steps) for rank in (0, 1)] == [STEPS, STEPS - 2]
+    # Rows of the same number, and even of the same step where the optimizer does not count, are of different steps.
+    assert job.journals[0][1].steps.step[0] == job.journals[1][1].steps.step[0] == 0
+    assert combined(job, 2) == [None] * STEPS
+    shown = Shown(tmp_path)
+    assert shown.norms == []
+    assert shown["steps_total"] == [STEPS]
+    assert shown.findings == []
+
+
+def test_a_late_rank_of_replicas_does_not_disagree(launch: Callable[..., Job], tmp_path: Path) -> None:
+    launch("ddp", 2, "late")
+    shown = Shown(tmp_path)
+    whole, _ = reference()
+    assert shown.norms == [pytest.approx(whole[-1], rel=1e-5)]
+    assert shown.findings == []
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_no_number_of_the_step_that_it_did_not_take(
+    launch: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = launch("fsdp2", 2, "all", "dies", ok=False)
+    assert [len(job.journals[rank][1].steps) for rank in (0, 1)] == [3, 2]
+    whole, _ = reference()
+    first, second, third = combined(job, 2)
+    np.testing.assert_allclose([first, second], whole[:2], rtol=1e-5)
+    assert third is None
+    shown = Shown(tmp_path)
+    assert [norm for norm in shown.norms if not np.isclose(norm, whole[1], rtol=1e-5)] == []
+    states = {n for n, v in shown.series.items() if n.startswith("gradwatch_run_state{") and v == 1}
+    assert len(states) == 1
+    assert not any('state="finished"' in n or 'state="running"' in n for n in states)
+
+
+def test_ranks_that_disagree_write_what_each_used_and_that_is_a_finding(
+    launch: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = launch("local-norm", 2)
+    first, second = (job.journals[rank][1].steps["grad_norm"] for rank in (0, 1))
+    np.testing.assert_allclose(second[0], 2 * first[0], rtol=1e-4)
+    (finding,) = Shown(tmp_path).findings
+    assert 'code="norm-differs-between-ranks"' in finding

@@ -7,7 +7,8 @@ ranks that hold the same piece of a tensor),
     norm² = Σ over ranks Σ over its tensors  w · ‖piece‖²
 
 adds every shard once and every replica once. It holds only where every rank of
-the world has been read: a missing one gives no number.
+the world has been read, from the same step on: a missing or a late one gives no
+number.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def piece_of(tensor: Tensor) -> tuple[Any, ...] | None:
     return tuple(piece)
 
 
+def aligned(manifests: Mapping[int, Manifest]) -> bool:
+    """Whether all ranks were watched from the same step on, so that their rows are of the same steps."""
+    return len({manifest.collectives for manifest in manifests.values()}) <= 1
+
+
 def weights(manifests: Mapping[int, Manifest]) -> dict[int, F64] | None:
     """For each rank, the weight *w* of each of its tensors; None where some placement says nothing certain."""
     held: dict[tuple[Any, ...], int] = {}
@@ -93,7 +99,7 @@ class GlobalNorms:
         """A rank's journal was opened."""
         self._manifests[rank] = manifest
         if len(self._manifests) == self._world_size and self._weights is None:
-            self._weights = weights(self._manifests)
+            self._weights = weights(self._manifests) if aligned(self._manifests) else None
             self._hopeless = self._weights is None
             early, self._early = self._early, []
             for rank_, rows in early:
@@ -101,7 +107,7 @@ class GlobalNorms:
 
     @property
     def hopeless(self) -> bool:
-        """Whether no number can ever come: a placement whose norms cannot be combined."""
+        """Whether no number can ever come: a placement whose norms cannot be combined, a rank that came late."""
         return self._hopeless
 
     def add(self, rank: int, rows: PayloadRows) -> None:

@@ -24,13 +24,16 @@ class NormDiffersBetweenRanks:
     Compared row by row where all ranks of the world are read here. Raised with
     the third row in a row in which norms differ by more than 2⁻⁷ of the
     largest, over after 100 rows in which they do not. Rows without a norm or
-    with a broken gradient are passed over.
+    with a broken gradient are passed over, and so are all where a rank was
+    watched from a later step on.
     """
 
     codes = (CODE,)
 
     def __init__(self) -> None:
         self._attempt = -1
+        #: Where each rank's rows begin, as a count of collectives.
+        self._begin: dict[int, int] = {}
         #: row -> norm of each rank that was read so far.
         self._rows: dict[int, dict[int, float]] = {}
         self._differing = self._same = 0
@@ -40,7 +43,10 @@ class NormDiffersBetweenRanks:
         if seen.facts is None or seen.facts.manifest.world_size < 2 or seen.attempt < self._attempt:
             return []
         if seen.attempt > self._attempt:
-            self._attempt, self._rows = seen.attempt, {}
+            self._attempt, self._rows, self._begin = seen.attempt, {}, {}
+        self._begin[seen.rank] = seen.manifest.collectives
+        if len(set(self._begin.values())) > 1:
+            return []  # rows of different steps
         world = seen.facts.manifest.world_size
         rows = seen.rows
         used = rows["grad_norm"]

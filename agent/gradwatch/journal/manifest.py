@@ -99,6 +99,8 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     mlflow: Mapping[str, str | None] = field(default_factory=dict)
     unchecked: tuple[Mapping[str, str], ...] = ()
+    #: Collectives that the rank had joined when it was watched: rows of ranks whose counts differ do not line up.
+    collectives: int = 0
 
     def to_json(self) -> bytes:
         """The manifest as a file's content. ``config`` and ``hyperparameters`` must be JSON-safe."""
@@ -181,6 +183,7 @@ def parse(data: bytes, where: str) -> Manifest:
             {clean_text(k, 200): clean_text(v) for k, v in list(item.items())[:8]}
             for item in get.items("unchecked", 256)
         ),
+        collectives=get.count("collectives", 2**53),
     )
     if len(manifest.tensors) > MAX_TENSORS:
         raise JournalError(f"{where}: more than {MAX_TENSORS} tensors")

@@ -17,7 +17,7 @@ from gradwatch import __version__
 from gradwatch.journal import JournalWriter, attempt_directory, layout
 from gradwatch.journal.manifest import Manifest, Optimizer
 from gradwatch.journal.writer import DEFAULT_CAPACITY
-from gradwatch.probe import ends, identity, launch, metadata, scaler, schedulers, seam, tensors, unfinished
+from gradwatch.probe import collectives, ends, identity, launch, metadata, scaler, schedulers, seam, tensors, unfinished
 from gradwatch.probe.arguments import Settings
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.columns import MAX_GROUPS, StepColumns
@@ -96,6 +96,7 @@ def begin(settings: Settings, aside: Aside) -> Run:
     writer = _create(root, manifest)
     session = Session(
         writer, columns, settings.optimizers, {id(row.parameter): i for i, row in enumerate(table)}, aside, facts
+        collectives=collectives.joined(row.parameter for row in table),
     )
     aside.run = writer.manifest.run
     run = Run(session, aside, settings.optimizers)
