@@ -43,7 +43,11 @@ def test_every_code_is_in_the_catalogue_and_has_one_detector_or_comes_from_the_p
 
 
 def test_a_healthy_run_has_no_finding(tmp_path: Path) -> None:
-    assert findings(tmp_path, lambda journal: quiet(journal, 3_000)) == []
+    def learning(journal: JournalBuilder) -> None:
+        for i in range(30):
+            quiet(journal, 100, seed=i, loss=2.0 - 0.05 * i)
+
+    assert findings(tmp_path, learning) == []
 
 
 # -- non-finite
@@ -131,7 +135,8 @@ def test_a_clipped_spike_whose_loss_follows_is_a_ticket(tmp_path: Path) -> None:
         journal.step(grad_norm=500.0, loss=1.0, clip_threshold=5.0)
         quiet(journal, 100, seed=1, loss=3.0)
 
-    assert codes(findings(tmp_path, write)) == [("gradient-spike", "info", 300), ("gradient-spike", "ticket", 320)]
+    found = [f for f in findings(tmp_path, write) if f.code == "gradient-spike"]
+    assert codes(found) == [("gradient-spike", "info", 300), ("gradient-spike", "ticket", 320)]
 
 
 def test_too_short_a_past_and_a_large_but_usual_norm_are_no_spikes(tmp_path: Path) -> None:
@@ -143,7 +148,7 @@ def test_too_short_a_past_and_a_large_but_usual_norm_are_no_spikes(tmp_path: Pat
 
     def wide(journal: JournalBuilder) -> None:
         for norm in np.random.default_rng(1).lognormal(sigma=1.5, size=3_000):
-            journal.step(grad_norm=float(norm), loss=1.0)
+            journal.step(grad_norm=float(norm))
 
     assert findings(tmp_path / "b", wide) == []
 
@@ -291,8 +296,9 @@ def busy(journal: JournalBuilder) -> None:
 @pytest.mark.parametrize("every", [1, 13, 64, 300])
 def test_what_is_found_does_not_depend_on_how_the_stream_is_cut_nor_on_restarts(tmp_path: Path, every: int) -> None:
     expected = findings(tmp_path / "whole", busy)
-    assert {f.code for f in expected} == {
-        "nonfinite-gradient", "nonfinite-loss", "gradient-spike", "clip-rate-high", "generalization-gap",
+    assert {f.code for f in expected} >= {
+        "nonfinite-gradient", "nonfinite-loss", "gradient-spike", "clip-rate-high", "generalization-gap", "loss-spike",
+        "loss-diverging",
     }  # fmt: skip
     clock = FakeClock()
     run, ledger = follow(tmp_path / "cut", clock=clock), Ledger()

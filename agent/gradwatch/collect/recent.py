@@ -7,13 +7,13 @@ steps only as far back as the recent window must reach.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from gradwatch.catalog import QUANTILES
 from gradwatch.collect.packed import pack, unpack
-from gradwatch.collect.rows import F64, Rows
+from gradwatch.collect.rows import F64, Mask
 
 #: The recent window: so many seconds, and no fewer steps than this.
 RECENT_SECONDS: Final = 1800
@@ -34,6 +34,20 @@ class Counts:
     nonfinite: int
 
 
+class Steps(Protocol):
+    """Steps in their order, such as :class:`gradwatch.collect.rows.Rows`; an entry of each array a step."""
+
+    @property
+    def time(self) -> F64: ...
+    @property
+    def norm(self) -> F64: ...
+    @property
+    def clipped(self) -> Mask: ...
+    @property
+    def nonfinite(self) -> Mask: ...
+    def __len__(self) -> int: ...
+
+
 class Recent:
     """Recent steps of one optimizer.
 
@@ -49,7 +63,7 @@ class Recent:
         self._last: F64 = np.empty((0, 3))
         self._norms: F64 = np.empty(0)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Steps) -> None:
         """Take in steps (not skipped attempts)."""
         if not len(rows):
             return

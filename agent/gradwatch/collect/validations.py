@@ -45,11 +45,20 @@ def gap(validation: float, training: float, better_high: bool) -> float | None:
 
 def gap_budget(budgets: Mapping[str, Any], metric: str) -> float:
     """A run's budget for the gap of a metric, from its manifest."""
+    value = _told_gap_budget(budgets, metric)
+    return DEFAULT_GAP_BUDGET if value is None else value
+
+
+def has_own_gap_budget(budgets: Mapping[str, Any], metric: str) -> bool:
+    """Whether the run has set a budget for the gap of a metric."""
+    return _told_gap_budget(budgets, metric) is not None
+
+
+def _told_gap_budget(budgets: Mapping[str, Any], metric: str) -> float | None:
     told = budgets.get("generalization_gap")
     value = told.get(metric, told.get("*", told.get("default"))) if isinstance(told, dict) else told
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return DEFAULT_GAP_BUDGET
+    sane = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if sane and value is not None else None
 
 
 @dataclass(slots=True)

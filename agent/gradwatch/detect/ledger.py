@@ -10,21 +10,50 @@ from typing import Any, Final, cast
 from gradwatch.catalog import Severity
 from gradwatch.collect.model import Finding
 from gradwatch.collect.run import Observation
+from gradwatch.detect.calibration import CalibrationWorse
 from gradwatch.detect.clip_rate import ClipRateHigh
+from gradwatch.detect.clip_review import ClipNeedsReview, ClipNever
 from gradwatch.detect.contract import ContractFindings
+from gradwatch.detect.curves import Curves
 from gradwatch.detect.detector import Detector
+from gradwatch.detect.fitting import LeakageSuspected, Underfitting
 from gradwatch.detect.gap import GeneralizationGap
+from gradwatch.detect.gradient import GradientExploding, Saturated
+from gradwatch.detect.loss import LossDiverging, LossNotDecreasing, LossPlateau, LossSpike
 from gradwatch.detect.nonfinite import Nonfinite
+from gradwatch.detect.nonfinite_weight import NonfiniteWeight
+from gradwatch.detect.overfitting import Overfitting
 from gradwatch.detect.ranks import NormDiffersBetweenRanks
+from gradwatch.detect.rate import EffectiveRateLow, LearningRateTooHigh
 from gradwatch.detect.spike import GradientSpike
+
+#: What watches the curves of an optimizer, block by block; the later ones see what the earlier ones told.
+WATCHERS: Final = (
+    LearningRateTooHigh,
+    GradientExploding,
+    Saturated,
+    LossSpike,
+    LossDiverging,
+    LossNotDecreasing,
+    LossPlateau,
+    EffectiveRateLow,
+    ClipRateHigh,
+    ClipNever,
+)
 
 #: Every detector that an agent runs, in the order in which they look.
 DETECTORS: Final[tuple[Callable[[], Detector], ...]] = (
     ContractFindings,
     Nonfinite,
+    NonfiniteWeight,
     GradientSpike,
-    ClipRateHigh,
+    lambda: Curves(WATCHERS),
+    ClipNeedsReview,
     GeneralizationGap,
+    Overfitting,
+    Underfitting,
+    LeakageSuspected,
+    CalibrationWorse,
     NormDiffersBetweenRanks,
 )
 #: Findings of a run that are kept word for word; all are counted.

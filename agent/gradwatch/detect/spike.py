@@ -11,16 +11,19 @@ import numpy as np
 
 from gradwatch.catalog import Severity
 from gradwatch.collect.model import Finding
-from gradwatch.collect.packed import pack, unpack
-from gradwatch.collect.rows import F64, Rows
+from gradwatch.collect.rows import Rows
 from gradwatch.collect.run import Observation
-from gradwatch.detect.detector import found
+from gradwatch.detect.detector import budget, found, optimizer_of
+from gradwatch.journal.manifest import Optimizer
 
 WINDOW: Final = 256
-FEWEST: Final = 100
+#: Accepted steps from which it looks, and below which the past is short and a spike must be plainer.
+FEWEST: Final = 32
+SHORT: Final = 100
 #: Mean excesses above q90 that an outlier must exceed it by, and the factor above the window's maximum.
 EXCESSES: Final = 12.0
 ABOVE_MAX: Final = 1.5
+ABOVE_SHORT_MAX: Final = 4.0
 #: Outliers in a row that are no outliers but a new regime.
 REGIME: Final = 20
 #: Steps after which a spike is over, and for which its loss is watched.
@@ -30,6 +33,7 @@ LOSS_ROSE: Final = 0.5
 _LOSSES: Final = 32
 _FEWEST_LOSSES: Final = 5
 _LN_ABOVE_MAX: Final = math.log(ABOVE_MAX)
+_LN_ABOVE_SHORT_MAX: Final = math.log(ABOVE_SHORT_MAX)
 CODE: Final = "gradient-spike"
 
 
@@ -37,23 +41,24 @@ class GradientSpike:
     """Norms whose logarithm stands far above the last accepted ones.
 
     With *x* = ln(norm) and the last 256 accepted (finite, non-zero, no
-    outlier) steps of the same optimizer, at least 100 of them, a step is an
-    outlier when
+    outlier) steps of the same optimizer, a step is an outlier when
 
         (x − q90) / mean(excess above q90) > 12   and   norm > 1.5 · max(window)
 
-    Tail excesses instead of a deviation, since norms of one-sample training
-    have a long left tail. Outliers do not enter the window; 20 in a row are a
-    new regime, which becomes the window. Severity info where the clip bounded
-    the step and the loss did not follow; ticket where nothing clipped, or where
-    within 20 steps the median loss stands 50 % above its median before.
+    where 12 is the run's budget for the code. The window needs 100 steps; with
+    32 to 99 the norm must be above 4 · max(window), since so few steps say
+    little of a tail. The first 32 steps are not judged. Tail excesses instead of
+    a deviation, since norms of one-sample training have a long left tail.
+    Outliers do not enter the window; 20 in a row are a new regime, which becomes
+    the window. Severity info where the clip bounded the step and the loss did
+    not follow; ticket where nothing clipped, or where within 20 steps the median
+    loss stands 50 % above its median before.
     """
 
     codes = (CODE,)
 
     def __init__(self) -> None:
         self._watched: dict[int, _Optimizer] = {}
-        self._losses: F64 = np.empty(0)
 
     def observe(self, seen: Observation) -> list[Finding]:
         if seen.facts is None or seen.rank != 0:
@@ -64,23 +69,17 @@ class GradientSpike:
         findings: list[Finding] = []
         if not len(rows):
             return findings
-        losses = rows["loss"]
         for optimizer in np.unique(rows.optimizer).tolist():
             own = rows.optimizer == optimizer
             watched = self._watched.setdefault(optimizer, _Optimizer())
-            findings += watched.observe(seen, rows.take(own), self._losses)
-        self._losses = np.concatenate([self._losses, losses[np.isfinite(losses)]])[-_LOSSES:]
+            findings += watched.observe(seen, rows.take(own))
         return sorted(findings, key=lambda finding: finding.step)
 
     def to_state(self) -> dict[str, Any]:
-        return {
-            "losses": pack(self._losses),
-            "watched": {str(index): watched.to_state() for index, watched in self._watched.items()},
-        }
+        return {str(index): watched.to_state() for index, watched in self._watched.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._losses = unpack(state["losses"])
-        self._watched = {int(index): _Optimizer.from_state(inner) for index, inner in state["watched"].items()}
+        self._watched = {int(index): _Optimizer.from_state(inner) for index, inner in state.items()}
 
 
 class _Optimizer:
@@ -92,27 +91,32 @@ class _Optimizer:
         self._peaks: deque[tuple[int, float]] = deque()
         self._position = 0
         self._outliers: list[float] = []
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._spike: _Spike | None = None
         for log in window:
             self._accept(log)
 
-    def observe(self, seen: Observation, rows: Rows, losses_before: F64) -> list[Finding]:
+    def observe(self, seen: Observation, rows: Rows) -> list[Finding]:
         findings: list[Finding] = []
+        excesses = budget(seen, CODE, EXCESSES)
         norm, loss = rows.norm, rows["loss"]
         good = np.isfinite(norm) & (norm > 0)
         logs = np.log(np.where(good, norm, 1.0)).tolist()
         for index in range(len(rows)):
             if good[index]:
                 log = logs[index]
-                if self._is_outlier(log):
+                if self._is_outlier(log, excesses):
                     if self._spike is None:
-                        before = _before(losses_before, loss, index)
-                        findings.append(self._found(seen, rows, index, log, before))
+                        findings.append(self._found(seen, rows, index, log))
                     self._reject(log)
                 else:
                     self._outliers.clear()
                     self._accept(log)
-            if self._spike is not None and self._spike.add(float(loss[index])):
+            if self._spike is None:
+                # Losses of a spike's aftermath are no past that the next one is held against.
+                if np.isfinite(loss[index]):
+                    self._losses.append(float(loss[index]))
+            elif self._spike.add(float(loss[index])):
                 findings += self._over(seen, rows, index)
         return findings
 
@@ -135,11 +139,14 @@ class _Optimizer:
             for value in regime:
                 self._accept(value)
 
-    def _is_outlier(self, log: float) -> bool:
-        if len(self._window) < FEWEST or log <= self._peaks[0][1] + _LN_ABOVE_MAX:
+    def _is_outlier(self, log: float, excesses: float) -> bool:
+        if len(self._window) < FEWEST:
+            return False
+        above = _LN_ABOVE_MAX if len(self._window) >= SHORT else _LN_ABOVE_SHORT_MAX
+        if log <= self._peaks[0][1] + above:
             return False
         quantile, excess = self._tail()
-        return log - quantile > EXCESSES * excess
+        return log - quantile > excesses * excess
 
     def _tail(self) -> tuple[float, float]:
         """q90 of the window, and the mean excess above it."""
@@ -148,9 +155,9 @@ class _Optimizer:
         above = window[window > quantile]
         return quantile, float((above - quantile).mean()) if len(above) else 0.0
 
-    def _found(self, seen: Observation, rows: Rows, index: int, log: float, before: F64) -> Finding:
+    def _found(self, seen: Observation, rows: Rows, index: int, log: float) -> Finding:
         step, clipped = int(rows.step[index]), bool(rows.clipped[index])
-        median = float(np.median(before)) if len(before) >= _FEWEST_LOSSES else None
+        median = float(np.median(self._losses)) if len(self._losses) >= _FEWEST_LOSSES else None
         self._spike = _Spike(step, clipped, median)
         largest = math.exp(self._peaks[0][1])
         message = (
@@ -168,7 +175,22 @@ class _Optimizer:
         }
         time = float(rows.time[index])
         severity: Severity = "info" if clipped else "ticket"
-        return found(CODE, seen, step=step, time=time, message=message, evidence=evidence, severity=severity)
+        advice = self._advice(optimizer_of(seen, int(rows.optimizer[index])), clipped)
+        return found(
+            CODE, seen, step=step, time=time, message=message, evidence=evidence, severity=severity, advice=advice
+        )
+
+    @staticmethod
+    def _advice(optimizer: Optimizer, clipped: bool) -> str:
+        if clipped:
+            return "Look at the batch of that step; training went on bounded. Repeated spikes point to corrupt records."
+        effect = (
+            f"With {optimizer.class_name or 'SGD'} the step was as many times larger as the norm."
+            if optimizer.linear
+            else f"{optimizer.class_name or 'An adaptive optimizer'} bounds the step itself, but its second moment is "
+            "inflated, and its steps are too small, for about 1 / (1 − beta2) steps."
+        )
+        return f"Look at the batch of that step, and clip at the p99 of the norms before. {effect}"
 
     def _over(self, seen: Observation, rows: Rows, index: int) -> list[Finding]:
         """The aftermath of a spike has passed: did the loss follow?"""
@@ -194,12 +216,18 @@ class _Optimizer:
 
     def to_state(self) -> dict[str, Any]:
         spike = None if self._spike is None else self._spike.to_state()
-        return {"window": list(self._window), "outliers": self._outliers, "spike": spike}
+        return {
+            "window": list(self._window),
+            "outliers": self._outliers,
+            "losses": list(self._losses),
+            "spike": spike,
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> _Optimizer:
         self = cls(state["window"])
         self._outliers = list(state["outliers"])
+        self._losses.extend(state["losses"])
         self._spike = None if state["spike"] is None else _Spike(*state["spike"])
         return self
 
@@ -223,9 +251,3 @@ class _Spike:
 
     def to_state(self) -> list[Any]:
         return [self.step, self.clipped, self.before, self.steps, self.losses]
-
-
-def _before(earlier: F64, losses: F64, index: int) -> F64:
-    """The last finite losses before a row."""
-    own = losses[:index]
-    return np.concatenate([earlier, own[np.isfinite(own)]])[-_LOSSES:]

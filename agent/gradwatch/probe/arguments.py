@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from gradwatch.catalog import FINDING, FINDINGS
 
 #: More optimizers than this in a plain list are taken for one that is stepped in backward, a part a parameter.
 MANY = 16
@@ -29,7 +32,8 @@ class Settings:
     run_name: str | None
     tier: str
     clip_rate_budget: float
-    generalization_gap_budget: float | Mapping[str, float]
+    generalization_gap_budget: float | Mapping[str, float] | None
+    budgets: Mapping[str, float]
     initial_step: int | None
     histograms: bool
     root: Path | None
@@ -44,6 +48,8 @@ class Settings:
     @property
     def gap_budgets(self) -> dict[str, float]:
         budget = self.generalization_gap_budget
+        if budget is None:
+            return {}
         if isinstance(budget, Mapping):
             return {str(metric): float(value) for metric, value in budget.items()}
         return {"*": float(budget)}
@@ -121,8 +127,10 @@ def check(settings: Settings) -> Settings:
         raise ValueError(f"tier: expected 'experiment' or 'production', got {settings.tier!r}")
     number("clip_rate_budget", settings.clip_rate_budget, 0.0, 1.0)
     budget = settings.generalization_gap_budget
-    for name, value in budget.items() if isinstance(budget, Mapping) else [("", budget)]:
+    gaps = {} if budget is None else budget if isinstance(budget, Mapping) else {"": budget}
+    for name, value in gaps.items():
         number(f"generalization_gap_budget{f'[{name!r}]' if name else ''}", value)
+    _check_budgets(settings.budgets)
     if settings.initial_step is not None and (
         isinstance(settings.initial_step, bool)
         or not isinstance(settings.initial_step, int)
@@ -130,3 +138,18 @@ def check(settings: Settings) -> Settings:
     ):
         raise ValueError(f"initial_step: expected a whole number from 0, got {settings.initial_step!r}")
     return settings
+
+
+def _check_budgets(budgets: object) -> None:
+    """Each budget is a number under the code of a health finding that has no argument of its own."""
+    if not isinstance(budgets, Mapping):
+        raise TypeError(f"budgets: expected a mapping of finding codes to numbers, got {type(budgets).__name__}")
+    own = {"clip-rate-high": "clip_rate_budget", "generalization-gap": "generalization_gap_budget"}
+    for code, value in budgets.items():
+        if code in own:
+            raise ValueError(f"budgets: {code!r} has an argument of its own, {own[code]}")
+        if code not in FINDING or FINDING[code].kind != "health":
+            near = difflib.get_close_matches(str(code), [f.code for f in FINDINGS if f.kind == "health"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"budgets: no health finding has the code {code!r}{hint}")
+        number(f"budgets[{code!r}]", value)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradwatch.probe.arguments import Settings, check, models_of, named_optimizers
 from gradwatch.probe.aside import Aside
+from gradwatch.probe.calibration import expected_calibration_error
 
 if TYPE_CHECKING:
     from gradwatch.probe.ends import End
@@ -32,7 +33,8 @@ def watch(
     run_name: str | None = None,
     tier: str = "experiment",
     clip_rate_budget: float = 0.1,
-    generalization_gap_budget: float | Mapping[str, float] = 0.1,
+    generalization_gap_budget: float | Mapping[str, float] | None = None,
+    budgets: Mapping[str, float] | None = None,
     initial_step: int | None = None,
     histograms: bool = True,
     root: str | Path | None = None,
@@ -54,7 +56,10 @@ def watch(
         run_name: a name for people; by default one is made up.
         tier: ``experiment`` or ``production``; only production runs may page.
         clip_rate_budget: share of recent steps that may be clipped, 0 to 1.
-        generalization_gap_budget: relative gap tolerated, for every metric or by name.
+        generalization_gap_budget: relative gap tolerated, for every metric or by name; 0.1 where none is given,
+            and what exceeds that alone is information, no ticket: every second healthy run has such a gap.
+        budgets: what the run tolerates before a health finding is raised, by its code, such as
+            ``{"overfitting": 0.1}``; the page of each finding (docs/findings) says what the number is.
         initial_step: number of the next step, for a resumed training; by default
             what the optimizer's restored state says, else 0.
         histograms: record weight histograms with the samples.
@@ -82,6 +87,7 @@ def watch(
             tier=tier,
             clip_rate_budget=clip_rate_budget,
             generalization_gap_budget=generalization_gap_budget,
+            budgets=budgets or {},
             initial_step=initial_step,
             histograms=histograms,
             root=None if root is None else Path(root),
@@ -179,6 +185,8 @@ class Run:
         slice: str = "",
         step: int | None = None,
         higher_is_better: Mapping[str, bool] | None = None,
+        probabilities: Tensor | None = None,
+        targets: Tensor | None = None,
         **metrics: Tensor | float,
     ) -> None:
         """Log a validation: ``run.log_validation(loss=val_loss, accuracy=acc)``.
@@ -187,13 +195,17 @@ class Run:
         the last validation, ``(validation − training) / |training|`` for what
         should be low (loss, error, perplexity, ...) and the negative for scores.
         ``slice`` names a cohort; ``higher_is_better`` overrides what a metric's
-        name suggests.
+        name suggests. ``probabilities`` and ``targets`` of a classification,
+        shapes (samples, classes) and (samples,), add the metric ``ece``, their
+        expected calibration error, computed on their device.
         """
         session = self._live()
         if session is None:
             return
         try:
             better = {name: bool(value) for name, value in (higher_is_better or {}).items()}
+            if probabilities is not None and targets is not None:
+                metrics = {**metrics, **_calibration(session, probabilities, targets)}
             session.validation(metrics, str(slice), better, step)
         except Exception as error:
             session.aside.refused(error, "log_validation")
@@ -306,6 +318,15 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<gradwatch.Run {self.id or 'inert'}>"
+
+
+def _calibration(session: Session, probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The metric ``ece``; nothing where the two do not fit, which must not lose the metrics beside them."""
+    try:
+        return {"ece": expected_calibration_error(probabilities, targets)}
+    except Exception as error:
+        session.aside.refused(error, "log_validation")
+        return {}
 
 
 __all__ = ["Run", "watch"]

@@ -8,6 +8,7 @@ is larger, tensors take turns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -96,7 +97,8 @@ class Sample:
             return parts
         at = self._positions
         layout = {s.name: s.offset for s in sections(tensors, True)}
-        weight = self.weight_norms.float()
+        # NaN says "not part of this sample": weights that hold NaN or infinity have an infinite norm.
+        weight = self.weight_norms.float().nan_to_num(nan=math.inf, posinf=math.inf)
         parts.append(([layout["weight_norm"] + c for c in at], weight))
         device = weight.device
         total_weight = torch.linalg.vector_norm(weight)

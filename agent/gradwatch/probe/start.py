@@ -86,17 +86,21 @@ def begin(settings: Settings, aside: Aside) -> Run:
         device_columns=columns.device,
         sections=sections(len(table), settings.histograms),
         buckets=BUCKETS if settings.histograms else 0,
-        budgets={"clip_rate": settings.clip_rate_budget, "generalization_gap": settings.gap_budgets},
+        budgets={
+            **{code: float(value) for code, value in settings.budgets.items()},
+            "clip_rate": settings.clip_rate_budget,
+            "generalization_gap": settings.gap_budgets,
+        },
         max_norm=settings.max_norm,
         hyperparameters=metadata.flatten(facts),
         config=facts["config"],
         mlflow=target.to_json(),
         unchecked=tuple(_unchecked(settings, table)),
+        collectives=collectives.joined(row.parameter for row in table),
     )
     writer = _create(root, manifest)
     session = Session(
         writer, columns, settings.optimizers, {id(row.parameter): i for i, row in enumerate(table)}, aside, facts
-        collectives=collectives.joined(row.parameter for row in table),
     )
     aside.run = writer.manifest.run
     run = Run(session, aside, settings.optimizers)

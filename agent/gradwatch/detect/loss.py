@@ -1,0 +1,337 @@
+"""``loss-spike``, ``loss-diverging``, ``loss-not-decreasing``, ``loss-plateau``: the training loss against its past."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from gradwatch.collect.model import Finding
+from gradwatch.detect.curve import BLOCK, Reference
+from gradwatch.detect.curves import Moment
+from gradwatch.detect.detector import budget
+from gradwatch.detect.past import given_back
+
+#: A level is judged where it is known to so many standard errors.
+SURE: Final = 6.0
+#: Share by which a validation must be better than the first one to count as progress.
+PROGRESS: Final = 0.05
+
+
+class LossSpike:
+    """Ten steps whose median loss stands far above the past.
+
+    With the last 256 accepted losses of the same optimizer (at least 100), a
+    block of ten steps is an outlier when
+
+        (m − q90) / mean(excess above q90) > budget (4)   and   m > median + ½ |median|
+        and   m − median > 0.1 · |loss at the start|
+
+    for its median *m*: tail excesses, as for ``gradient-spike``, since losses
+    of small batches have a long right tail; a median, since one odd batch that
+    the run shrugs off is no ticket; the start, since a loss near zero multiplies
+    easily and harmlessly. Outliers never enter the past; 20 blocks of them are a
+    new regime. A learning rate that rises by half within 100 steps (a warm
+    restart) begins a new past. Over with the first block that is no outlier.
+    Not judged where losses have both signs (policy gradients) or the run has
+    several optimizers (adversarial losses jump by design), unless the loss
+    became ten times as large. After "loss spikes" in Chowdhery et al. (2022),
+    *PaLM*, § 5.1, there told by eye.
+    """
+
+    code = "loss-spike"
+    FEWEST: Final = 100
+    WINDOW: Final = 256
+    EXCESSES: Final = 4.0
+    ROSE: Final = 0.5
+    OF_START: Final = 0.1
+    REGIME: Final = 20
+    RESTART: Final = 1.5
+
+    def __init__(self) -> None:
+        self._past = Reference(self.WINDOW)
+        self._rates: list[float] = []
+        self._outliers = 0
+        self._since: int | None = None
+
+    def begin(self) -> None:
+        self._past.clear()
+        self._rates, self._outliers = [], 0
+
+    def judge(self, now: Moment) -> list[Finding]:
+        block = now.block
+        self._note_rate(block.rate)
+        if math.isnan(block.loss):
+            return []
+        if self._is_outlier(now):
+            self._outliers += 1
+            if self._outliers <= self.REGIME:
+                return self._raise(now) if self._since is None else []
+            self._past.clear()
+        self._outliers = 0
+        self._past.accept(block.losses)
+        if self._since is None:
+            return []
+        since, self._since = self._since, None
+        message = f"The loss is {block.loss:.4g} again, within what it was before the spike at step {since}."
+        return now.found(self.code, message, {"loss": block.loss}, active=False)
+
+    def _note_rate(self, rate: float) -> None:
+        if self._rates and rate > self.RESTART * min(self._rates):
+            self._past.clear()
+            self._rates = []
+        self._rates = [*self._rates, rate][-10:] if rate > 0 else self._rates
+
+    def _is_outlier(self, now: Moment) -> bool:
+        scale = now.past.scale
+        if len(self._past) < self.FEWEST or scale is None:
+            return False
+        tail, loss = self._past.tail, now.block.loss
+        rose = self.ROSE if now.past.judged else 9.0
+        return (
+            loss - tail.median > max(rose * abs(tail.median), self.OF_START * scale)
+            and loss - tail.q90 > budget(now.seen, self.code, self.EXCESSES) * tail.excess
+        )
+
+    def _raise(self, now: Moment) -> list[Finding]:
+        block, tail = now.block, self._past.tail
+        self._since = block.first_step
+        message = (
+            f"From step {block.first_step} to {block.step} the median loss was {block.loss:.4g}; over the "
+            f"{len(self._past)} steps before it was {tail.median:.4g}, nine in ten below {tail.q90:.4g}."
+        )
+        evidence = {
+            "first_step": block.first_step,
+            "loss": block.loss,
+            "median_before": tail.median,
+            "q90_before": tail.q90,
+            "largest_before": tail.largest,
+            "steps_before": len(self._past),
+        }
+        return now.found(self.code, message, evidence)
+
+    def to_state(self) -> Any:
+        return [self._past.to_state(), self._rates, self._outliers, self._since]
+
+    def restore(self, state: Any) -> None:
+        past, self._rates, self._outliers, self._since = state
+        self._past.restore(past)
+
+
+class LossDiverging:
+    """The level of the loss went back by half of what the run had learned, and stays there.
+
+    With the level *L* (median of the last 100 steps), the lowest level *B* so
+    far and the level *S* of the run's first ten steps, diverging when for 50
+    steps in a row
+
+        L − B > budget (½) · max(S − B, ½ |B|)   and   L − B > 6 standard errors
+
+    For a loss that went below zero L − S takes the place of L − B: it has no
+    natural size. Over when the level is half the way back. Warm restarts and curricula go
+    back by less: a restart of cosine annealing by a tenth (measured). Where a
+    run never learned (S − B small), half of its best level counts. Not judged
+    where losses have both signs, where the run has several optimizers, or while
+    validations are better than the first one: then the loss is no measure of
+    progress, as in reinforcement learning with growing returns.
+    """
+
+    code = "loss-diverging"
+    WAY_BACK: Final = 0.5
+    LASTING: Final = 5
+
+    def __init__(self) -> None:
+        self._above = 0
+        self._active = False
+
+    def begin(self) -> None:
+        self._above = 0
+
+    def judge(self, now: Moment) -> list[Finding]:
+        past = now.past
+        if past.level is None or past.best is None or past.start is None:
+            return []
+        share, limit = given_back(past.level, past.best, past.start), budget(now.seen, self.code, self.WAY_BACK)
+        sure = past.level - past.best > SURE * past.uncertainty
+        progressing = past.milestones.gain(now.block.time) > PROGRESS
+        if past.judged and not progressing and sure and share > limit:
+            self._above += 1
+            if self._above < self.LASTING or self._active:
+                return []
+            self._active = True
+            message = (
+                f"The loss of the last 100 steps is {past.level:.4g}; its best was {past.best:.4g} (step "
+                f"{past.best_step}), and the run began with {past.start:.4g}."
+            )
+            return now.found(self.code, message, self._evidence(now), advice=self._advice(now))
+        self._above = 0
+        if self._active and share < limit / 2:
+            self._active = False
+            message = f"The loss of the last 100 steps is {past.level:.4g} again; its best was {past.best:.4g}."
+            return now.found(self.code, message, self._evidence(now), active=False)
+        return []
+
+    @staticmethod
+    def _evidence(now: Moment) -> dict[str, Any]:
+        past = now.past
+        return {"loss": past.level, "best": past.best, "best_step": past.best_step, "start": past.start}
+
+    @staticmethod
+    def _advice(now: Moment) -> str:
+        end = (
+            "With SGD a clip bounds each step; lower the rate, or clip at the p99 of the norms before."
+            if now.optimizer.linear
+            else f"With {now.optimizer.class_name or 'an adaptive optimizer'} look at the second-moment decay (beta2) "
+            "too: gradients that grew suddenly take large steps until it has followed."
+        )
+        return (
+            "Go back to a checkpoint before the rise, skip the batches of those steps, or lower the learning rate. "
+            + end
+        )
+
+    def to_state(self) -> Any:
+        return [self._above, self._active]
+
+    def restore(self, state: Any) -> None:
+        self._above, self._active = state
+
+
+class LossNotDecreasing:
+    """After warmup and 500 steps more, the loss is where the run began.
+
+    The median over the last 200 steps against that over the first 100 of the
+    run: not below it by 1 % of its size (budget), nor by 3 standard errors,
+    where a fall of 5 % would be 3 standard errors: noise that hides such a fall
+    proves nothing. Over when it is below by 5 %. Not judged where a level was 5 %
+    lower once (that is ``loss-diverging``), after ``learning-rate-too-high``,
+    where losses have both signs, where the run has several optimizers, or while
+    validations are better than the first one by 1 %.
+    """
+
+    code = "loss-not-decreasing"
+    BEHIND_WARMUP: Final = 500
+    LEAST: Final = 0.01
+    OVER: Final = 0.05
+    FIRST: Final = 10
+    LAST: Final = 20
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._last: list[float] = []
+        self._warm = 0
+        self._active = False
+
+    def begin(self) -> None:
+        self._last, self._warm = [], 0
+
+    def judge(self, now: Moment) -> list[Finding]:
+        past, loss = now.past, now.block.loss
+        self._warm += BLOCK if past.warmup.over else 0
+        if math.isnan(loss):
+            return []
+        if len(self._first) < self.FIRST:
+            self._first = [*self._first, loss]
+            return []
+        self._last = [*self._last, loss][-self.LAST :]
+        if self._warm < self.BEHIND_WARMUP or len(self._last) < self.LAST:
+            return []
+        before, after = _middle(self._first), _middle(self._last)
+        error = past.uncertainty * math.sqrt(1 + self.FIRST / self.LAST)
+        gain, least = before - after, budget(now.seen, self.code, self.LEAST)
+        evidence = {"loss": after, "loss_at_start": before, "steps_behind_warmup": self._warm}
+        if self._active:
+            if gain > max(self.OVER, least) * abs(before) or not past.judged:
+                self._active = False
+                message = f"The loss is {after:.4g}; the run began with {before:.4g}."
+                return now.found(self.code, message, evidence, active=False)
+            return []
+        telling = 3 * error < self.OVER * abs(before)
+        fell = past.best is not None and before - past.best > self.OVER * abs(before)
+        stuck = telling and not fell and gain < least * abs(before) and gain < 3 * error
+        if (
+            not stuck
+            or not past.judged
+            or "learning-rate-too-high" in past.troubles
+            or past.milestones.gain(now.block.time) > least
+        ):
+            return []
+        self._active = True
+        message = (
+            f"{self._warm} steps behind warmup the loss is {after:.4g} (median of 200 steps); the run began with "
+            f"{before:.4g}."
+        )
+        return now.found(self.code, message, evidence, advice=self._advice(now))
+
+    @staticmethod
+    def _advice(now: Moment) -> str:
+        rate = now.block.rate
+        clipped = now.block.clipped == BLOCK
+        if clipped and now.optimizer.linear:
+            return (
+                "Every step is clipped, and with SGD that scales the learning rate: compare the threshold with the "
+                "norms before anything else."
+            )
+        return (
+            f"See whether gradients reach the weights (update ratios, gradients-missing), whether labels fit inputs, "
+            f"and whether the rate{'' if math.isnan(rate) else f' ({rate:.3g})'} is large enough to move anything: "
+            "overfitting ten samples on purpose tells code from data."
+        )
+
+    def to_state(self) -> Any:
+        return [self._first, self._last, self._warm, self._active]
+
+    def restore(self, state: Any) -> None:
+        self._first, self._last, self._warm, self._active = state
+
+
+class LossPlateau:
+    """No better level of the loss for half of the run so far, and at least 1,000 steps.
+
+    Better means by 1 % (budget) of what was learned, or of the level where
+    that is more. Information: the end of a healthy training looks the same.
+    Over with the next better level. Judged where ``loss-diverging`` is.
+    """
+
+    code = "loss-plateau"
+    FEWEST: Final = 1000
+    BETTER: Final = 0.01
+
+    def __init__(self) -> None:
+        self._best: float | None = None
+        self._at = self._steps = 0
+        self._active = False
+
+    def begin(self) -> None:
+        """It counts the run's steps, whatever the attempt."""
+
+    def judge(self, now: Moment) -> list[Finding]:
+        past = now.past
+        self._steps += BLOCK
+        if past.level is None or past.start is None:
+            return []
+        least = budget(now.seen, self.code, self.BETTER) * max(abs(past.start - past.level), abs(past.level))
+        if self._best is None or past.level < self._best - least:
+            self._best, self._at = past.level, self._steps
+            if self._active:
+                self._active = False
+                message = f"The loss fell to {past.level:.4g}."
+                return now.found(self.code, message, {"loss": past.level}, active=False)
+            return []
+        since = self._steps - self._at
+        if self._active or not past.judged or since < max(self.FEWEST, self._steps // 2):
+            return []
+        self._active = True
+        message = f"The loss has not been better for {since} of {self._steps} steps; it is {past.level:.4g}."
+        evidence = {"loss": past.level, "best": self._best, "steps_since_best": since}
+        return now.found(self.code, message, evidence)
+
+    def to_state(self) -> Any:
+        return [self._best, self._at, self._steps, self._active]
+
+    def restore(self, state: Any) -> None:
+        self._best, self._at, self._steps, self._active = state
+
+
+def _middle(values: list[float]) -> float:
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

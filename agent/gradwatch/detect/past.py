@@ -1,0 +1,213 @@
+"""What is known of an optimizer's past that more than one detector asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from gradwatch.collect.model import LayerTable, Validation
+from gradwatch.collect.validations import is_better_high
+from gradwatch.detect.curve import BLOCK, Block, Reference
+
+#: Blocks whose median is the level of the loss: 100 steps.
+LEVEL_BLOCKS: Final = 10
+#: Of them so many must hold a loss.
+_FEWEST_LEVELS: Final = 5
+#: Last losses whose spread says how much a single one means.
+_LOSSES: Final = 256
+#: Share of losses on either side of zero at which they are a surrogate, not a measure of progress.
+_BOTH_SIGNS: Final = 0.05
+_RATIOS: Final = 32
+_SMALLEST: Final = 1e-300
+_VALIDATIONS: Final = 64
+
+
+@dataclass(slots=True)
+class Warmup:
+    """When the learning rate has stopped to rise.
+
+    Over once no rate of the attempt was above the highest one before it, by
+    more than 0.1 %, for 50 steps (so a linear warmup of up to 50,000 steps is
+    seen to its end); where no rate is known, after 50 steps. A later rise, such
+    as a cycle's within what was reached before, does not begin it anew.
+    """
+
+    #: Highest rate so far, and steps since it was exceeded.
+    highest: float = 0.0
+    since: int = 0
+    over: bool = False
+
+    SETTLED: Final = 50
+
+    def add(self, rate: float, steps: int) -> None:
+        """So many steps, the last of them at this rate."""
+        if rate > 1.001 * self.highest:
+            self.highest, self.since = rate, 0
+        else:
+            self.since += steps
+        self.over = self.over or self.since >= self.SETTLED
+
+
+def given_back(level: float, best: float, start: float) -> float:
+    """How much of what was learned a loss has given back: 0 at its best level, 1 where the run started.
+
+    (level − best) / max(start − best, ½ |best|): where a run never learned, half of its best level counts. A loss
+    that went below zero is measured from where the run started, (level − start): it has no natural size, and that of
+    a policy gradient returns to zero when there is nothing more to gain.
+    """
+    return (level - (start if best < 0 else best)) / max(start - best, 0.5 * abs(best), _SMALLEST)
+
+
+class Milestones:
+    """What comes between the steps of a run: samples of its weights, and validations.
+
+    They may be read before the rows that were written before them, so whoever
+    asks says up to when.
+    """
+
+    def __init__(self) -> None:
+        #: (time, update ratio of all tensors together) of the last samples.
+        self._ratios: list[tuple[float, float]] = []
+        #: Names of validated metrics -> (first value, whether it is better high).
+        self._first: dict[str, tuple[float, bool]] = {}
+        #: (time, share by which it was better than the first one, in the metric that gained most) of the last ones.
+        self._gains: list[tuple[float, float]] = []
+
+    def sample(self, table: LayerTable) -> None:
+        """Note the update ratio ‖Δw‖ / ‖w‖ over all tensors of which both are known; 0 where all weights are 0."""
+        weight, ratio = np.array(table.weight_norm, dtype=float), np.array(table.update_ratio, dtype=float)
+        known = np.isfinite(weight) & np.isfinite(ratio)
+        total = float(np.linalg.norm(weight[known]))
+        moved = float(np.linalg.norm(weight[known] * ratio[known]))
+        ratio_of_all = moved / total if total > 0 else 0.0
+        if math.isfinite(ratio_of_all):
+            self._ratios = [*self._ratios, (table.time, ratio_of_all)][-_RATIOS:]
+
+    def validate(self, validation: Validation) -> None:
+        """Note by how much a validation over all data is better than the first one."""
+        if validation.slice:
+            return
+        gains = []
+        for name, value in validation.metrics.items():
+            if not math.isfinite(value):
+                continue
+            if name not in self._first:
+                if len(self._first) < _VALIDATIONS:
+                    self._first[name] = (value, is_better_high(name, {}))
+                continue
+            first, high = self._first[name]
+            gained = (value - first) if high else (first - value)
+            gains.append(gained / abs(first) if first else 0.0)
+        if gains and math.isfinite(max(gains)):
+            self._gains = [*self._gains, (validation.time, max(gains))][-_VALIDATIONS:]
+
+    def gain(self, until: float) -> float:
+        """Share by which the last validation before a time was better than the first one; 0 of none."""
+        return next((gain for time, gain in reversed(self._gains) if time < until), 0.0)
+
+    def ratios(self, since: float, until: float) -> list[float]:
+        """The update ratios sampled from one time up to before another."""
+        return [ratio for time, ratio in self._ratios if since <= time < until]
+
+    def to_state(self) -> dict[str, Any]:
+        first = [[name, *known] for name, known in self._first.items()]
+        return {"ratios": self._ratios, "first": first, "gains": self._gains}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._ratios = [(float(time), float(ratio)) for time, ratio in state["ratios"]]
+        self._first = {name: (float(value), bool(high)) for name, value, high in state["first"]}
+        self._gains = [(float(time), float(gain)) for time, gain in state["gains"]]
+
+
+@dataclass(slots=True)
+class Past:
+    """The past of one optimizer, block after block.
+
+    ``first`` is the loss before the first update: that of the run's first step,
+    computed before its weights moved; None where the journal no longer reaches
+    back to it. ``start`` is the level of the loss over the first ten steps.
+    ``level`` is the median over the last 100 steps, ``best`` the lowest level.
+    """
+
+    #: Whether the run has no other optimizer: losses of two measure each other, not progress.
+    alone: bool = True
+    first: float | None = None
+    start: float | None = None
+    level: float | None = None
+    best: float | None = None
+    best_step: int = -1
+    #: Codes of the findings on this optimizer's curves that are active now.
+    troubles: set[str] = field(default_factory=set)
+    warmup: Warmup = field(default_factory=Warmup)
+    losses: Reference = field(default_factory=lambda: Reference(_LOSSES))
+    #: Medians of the last blocks.
+    recent: list[float] = field(default_factory=list)
+    milestones: Milestones = field(default_factory=Milestones)
+
+    # -- what comes in
+
+    def begin(self) -> None:
+        """A new attempt: it warms up anew, and goes on from a checkpoint that may be older than the last level."""
+        self.warmup = Warmup()
+        self.recent, self.level = [], None
+        self.losses.clear()
+
+    def add(self, block: Block) -> None:
+        self.warmup.add(block.rate, BLOCK)
+        self.recent = [*self.recent, block.loss][-LEVEL_BLOCKS:]
+        if len(block.losses):
+            self.losses.accept(block.losses)
+            if self.start is None:
+                self.start = block.loss
+        known = [value for value in self.recent if not math.isnan(value)]
+        self.level = float(np.median(known)) if len(known) >= _FEWEST_LEVELS else None
+        if self.level is not None and (self.best is None or self.level < self.best):
+            self.best, self.best_step = self.level, block.step
+
+    # -- what follows
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether recent losses have both signs: a policy gradient's, whose value says nothing of progress."""
+        if not len(self.losses):
+            return False
+        negative = self.losses.negative
+        return _BOTH_SIGNS < negative < 1 - _BOTH_SIGNS
+
+    @property
+    def judged(self) -> bool:
+        """Whether a level of the loss means progress here."""
+        return self.alone and not self.surrogate
+
+    @property
+    def scale(self) -> float | None:
+        """What a change of the loss is measured by: the size of the level that the run started with."""
+        return None if self.start is None else abs(self.start)
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of a level of 100 steps: that of a median, 1.2533 σ / √n, with a robust σ."""
+        return 1.2533 * self.losses.tail.spread / math.sqrt(LEVEL_BLOCKS * BLOCK) if len(self.losses) else 0.0
+
+    def to_state(self) -> dict[str, Any]:
+        warmup = self.warmup
+        return {
+            "values": [self.alone, self.first, self.start, self.level, self.best, self.best_step],
+            "troubles": sorted(self.troubles),
+            "warmup": [warmup.highest, warmup.since, warmup.over],
+            "losses": self.losses.to_state(),
+            "recent": [None if math.isnan(value) else value for value in self.recent],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], milestones: Milestones) -> Past:
+        self = cls(milestones=milestones)
+        self.alone, self.first, self.start, self.level, self.best, self.best_step = state["values"]
+        self.troubles = set(state["troubles"])
+        self.warmup = Warmup(*state["warmup"])
+        self.losses.restore(state["losses"])
+        self.recent = [math.nan if value is None else value for value in state["recent"]]
+        return self
