@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -188,6 +188,126 @@ def test_generative_adversarial_training(watch: Watch, read: Read) -> None:
     assert np.unique(events.steps["backwards"][events.steps["optimizer"] == 0])[-1] >= 2
 
 
+def scaled_norm(parameters: Iterable[torch.Tensor], scaler: torch.amp.GradScaler) -> float:
+    """The norm of gradients that are still multiplied with the scale."""
+    return truth(parameters) / float(scaler.get_scale())
+
+
+def check_rows(events: Events, optimizer: int, norms: Sequence[float], skipped: Sequence[int]) -> None:
+    """One optimizer's rows: true norms of the steps taken, and the attempts that the scaler skipped."""
+    mine = events.steps["optimizer"] == optimizer
+    taken = (events.steps["flags"][mine].astype(int) & 1) == 0
+    assert np.flatnonzero(~taken).tolist() == list(skipped)
+    np.testing.assert_allclose(events.steps["grad_norm"][mine][taken], np.array(norms)[taken], rtol=1e-5)
+    assert events.steps.step[mine][taken].tolist() == list(range(int(taken.sum())))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_generative_adversarial_training_with_mixed_precision(watch: Watch, read: Read, clip: bool) -> None:
+    # https://docs.pytorch.org/docs/stable/notes/amp_examples.html, "Working with Multiple Models, Losses, and
+    # Optimizers": one scaler, updated once an iteration; here each loss has a step of its own, as a GAN has.
+    generator, discriminator = net(6), net()
+    opt_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    opt_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    threshold = 0.25 if clip else None
+    optimizers = {"discriminator": opt_d, "generator": opt_g}
+    run = watch([generator, discriminator], optimizers, max_norm=threshold, config=CONFIG)
+    bce = nn.BCEWithLogitsLoss()
+    real_label, fake_label = torch.ones(16, 1), torch.zeros(16, 1)
+    norms: dict[int, list[float]] = {0: [], 1: []}
+    for step in range(40):
+        opt_d.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = bce(discriminator(torch.randn(16, 6) + 2).float(), real_label)
+        scaler.scale(loss * (math.inf if step in (5, 6) else 1.0)).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fake = generator(torch.randn(16, 6))
+            loss = bce(discriminator(fake.detach()).float(), fake_label)
+        scaler.scale(loss).backward()
+        norms[0].append(scaled_norm(discriminator.parameters(), scaler))
+        if clip:
+            scaler.unscale_(opt_d)
+            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 0.25)
+        scaler.step(opt_d)
+        opt_g.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = bce(discriminator(fake).float(), real_label)
+        scaler.scale(loss * (math.inf if step == 20 else 1.0)).backward()
+        norms[1].append(scaled_norm(generator.parameters(), scaler))
+        if clip:
+            scaler.unscale_(opt_g)
+            torch.nn.utils.clip_grad_norm_(generator.parameters(), 0.25)
+        scaler.step(opt_g)
+        scaler.update()
+        run.log_train(loss=loss)
+    events = read(run)
+    assert contract(events) == []
+    check_rows(events, 0, norms[0], [5, 6])
+    check_rows(events, 1, norms[1], [20])
+    if clip:
+        np.testing.assert_array_equal(events.steps["clip_threshold"], 0.25)
+
+
+def test_two_losses_two_optimizers_one_scaler(watch: Watch, read: Read) -> None:
+    # The same note's own example: both losses through both models, one of the two unscaled to look at its gradients.
+    model0, model1 = net(), net()
+    optimizer0 = torch.optim.SGD(model0.parameters(), lr=1e-2)
+    optimizer1 = torch.optim.SGD(model1.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    run = watch([model0, model1], {"zero": optimizer0, "one": optimizer1}, config=CONFIG)
+    norms: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(30):
+        optimizer0.zero_grad()
+        optimizer1.zero_grad()
+        x, y = batch()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output0, output1 = model0(x).float(), model1(x).float()
+            loss0 = nn.functional.mse_loss(2 * output0 + 3 * output1, y)
+            loss1 = nn.functional.mse_loss(3 * output0 - 5 * output1, y)
+        scaler.scale(loss0).backward(retain_graph=True)
+        scaler.scale(loss1).backward()
+        norms[0].append(scaled_norm(model0.parameters(), scaler))
+        norms[1].append(scaled_norm(model1.parameters(), scaler))
+        scaler.unscale_(optimizer0)
+        scaler.step(optimizer0)
+        scaler.step(optimizer1)
+        scaler.update()
+        run.log_train(loss=loss0)
+    events = read(run)
+    assert contract(events) == []
+    for index in (0, 1):
+        check_rows(events, index, norms[index], [])
+    np.testing.assert_array_equal(events.steps["backwards"], 2)
+
+
+def test_gradient_penalty_with_mixed_precision(watch: Watch, read: Read) -> None:
+    # The same note, "Working with Scaled Gradients": the penalty's gradients are unscaled by hand, the step's not.
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    run = watch(model, optimizer, max_norm=1.0, config=CONFIG)
+    norms = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        x, y = batch()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.mse_loss(model(x).float(), y)
+        scaled = torch.autograd.grad(scaler.scale(loss), list(model.parameters()), create_graph=True)
+        grads = [g * (1.0 / scaler.get_scale()) for g in scaled]
+        loss = loss + 1e-3 * sum(g.pow(2).sum() for g in grads).sqrt()  # type: ignore[union-attr]
+        scaler.scale(loss).backward()
+        norms.append(scaled_norm(model.parameters(), scaler))
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        run.log_train(loss=loss)
+    events = read(run)
+    assert contract(events) == []
+    check_rows(events, 0, norms, [])
+
+
 def test_actor_critic_with_one_optimizer_and_episodes(watch: Watch, read: Read) -> None:
     # https://github.com/pytorch/examples/tree/main/reinforcement_learning
     body, actor, critic = nn.Linear(6, 24), nn.Linear(24, 3), nn.Linear(24, 1)
@@ -240,6 +360,47 @@ def test_actor_and_critic_with_an_optimizer_each(watch: Watch, read: Read) -> No
     events = read(run)
     assert contract(events) == []
     assert set(events.steps["optimizer"].tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_actor_and_critic_with_mixed_precision(watch: Watch, read: Read, shared: bool) -> None:
+    """One optimizer over a shared body and one loss, or an optimizer, a loss and a clip for each; one scaler."""
+    actor, critic = net(3), net()
+    each = {"both": [actor, critic]} if shared else {"actor": [actor], "critic": [critic]}
+    optimizers = {
+        name: torch.optim.AdamW([p for m in models for p in m.parameters()], lr=1e-3, weight_decay=0.0)
+        for name, models in each.items()
+    }
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    run = watch([actor, critic], optimizers, max_norm=0.5, config=CONFIG)
+    norms: dict[str, list[float]] = {name: [] for name in each}
+    for step in range(30):
+        x, y = batch()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, logits = critic(x).float(), actor(x).float()
+            choice = torch.distributions.Categorical(logits=logits)
+            action = choice.sample()
+            of_critic = nn.functional.mse_loss(value, y)
+            of_actor = -(choice.log_prob(action) * (y - value.detach()).squeeze(1)).mean()
+        if step == 11:
+            of_critic = of_critic * math.inf
+        losses = [of_actor + of_critic] if shared else [of_actor, of_critic]
+        for loss in losses:
+            scaler.scale(loss).backward()
+        for name, optimizer in optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[name].append(scaled_norm(parameters, scaler))
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            scaler.step(optimizer)
+        scaler.update()
+        run.log_train(loss=of_critic)
+    events = read(run)
+    assert contract(events) == []
+    for index, name in enumerate(optimizers):
+        check_rows(events, index, norms[name], [] if name == "actor" else [11])
 
 
 def test_lbfgs(watch: Watch, read: Read) -> None:
