@@ -17,9 +17,9 @@ MEDIAN: Final = 3
 IN_A_ROW: Final = 3
 RISE: Final = 0.05
 OF_FIRST: Final = 0.01
-SIGMAS: Final = 2.0
-#: Validations that are remembered of a slice, for their noise; and slices.
-KEPT: Final = 64
+SIGMAS: Final = 3.0
+#: Last validations that their noise is taken from; and slices.
+KEPT: Final = 16
 MAX_SLICES: Final = 50
 
 
@@ -30,12 +30,13 @@ class Overfitting:
     median so far and *σ* the noise of a validation, overfitting when in three
     validations in a row
 
-        m − B > max(budget (5 %) · |B|,  2 σ,  1 % of |the first validation loss|),
+        m − B > max(budget (5 %) · |B|,  3 σ,  1 % of |the first validation loss|),
 
     the training loss (mean since the last validation) is below what it was at
     the best, and the gap between the two is larger than it was there. *σ* comes
-    from second differences, so that a trend does not count as noise: their
-    median deviation × 1.4826 / √6. Over when *m* is within half of that rise.
+    from second differences of the last 16, so that a trend does not count as
+    noise: their median size × 1.4826 / √6. Three of it, since *B* is the lowest
+    of many noisy medians. Over when *m* is within half of that rise.
     A gap as such is no overfitting: above 10 % it flagged 107 of 198 healthy
     runs. Source: Prechelt (1998), *Early Stopping — But When?* (generalization
     loss), with the noise of the validation itself.

@@ -148,7 +148,7 @@ class LearningRateTooHigh:
         rate, before = now.block.rate, self._active_rate
         if before is None or not rate <= before / 2:
             return []
-        self._active_rate = None
+        self._active_rate, self._steps = None, self.UNTIL + 1
         message = f"The learning rate is {rate:.3g}, at most half of what it was."
         return now.found(self.code, message, {"learning_rate": rate}, active=False)
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gradwatch.catalog import Severity
+from gradwatch.catalog import FINDING, Severity
 from gradwatch.collect.model import Finding
 from gradwatch.collect.rows import Rows
 from gradwatch.collect.run import Observation
@@ -183,7 +183,7 @@ class _Optimizer:
     @staticmethod
     def _advice(optimizer: Optimizer, clipped: bool) -> str:
         if clipped:
-            return "Look at the batch of that step; training went on bounded. Repeated spikes point to corrupt records."
+            return FINDING[CODE].advice
         effect = (
             f"With {optimizer.class_name or 'SGD'} the step was as many times larger as the norm."
             if optimizer.linear
