@@ -211,6 +211,11 @@ def _unchecked(settings: Settings, table: Sequence[tensors.TensorRow]) -> Iterat
             "check": "clip-ineffective, clip-norm-overflow",
             "reason": "the norm of sharded gradients is known behind all ranks only, to the agent",
         }
+    if any((row.tensor.placement or {}).get("kind") in ("flat", "unknown") for row in table):
+        yield {
+            "check": "clips by clip_grad_norm_ of FSDP1's module",
+            "reason": "its own code: unless run.log_clip reports it, norms are those of clipped shards",
+        }
     held = sum(len(g["params"]) for parts in settings.optimizers.values() for p in parts for g in p.param_groups)
     if held > MAX_TENSORS:
         yield {"check": "norms of each tensor", "reason": f"{held} tensors; the first {MAX_TENSORS} have columns"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradwatch.journal.manifest import Tensor
+from gradwatch.probe.placements import Placements
 
 #: Modules that only wrap another: torch.compile, FSDP1, activation checkpointing.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _BIAS: Final = re.compile(r"(^|[._])bias(_|$)|^b_[ih]")
 _NORM_PATH: Final = re.compile(r"(^|[._])(\w*norm|ln|bn)_?\w{0,3}($|[._])", re.I)
-_MAX_MESH: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,14 @@ def tensor_table(
             for parameter in group["params"]:
                 held.setdefault(id(parameter), (name, index, number, count, parameter))
                 count += 1
+    placed = Placements(model)
     rows: list[TensorRow] = []
     for name, owner, parameter in named_parameters(model):
         place = held.pop(id(parameter), None)
         if place is not None:
-            rows.append(_row(name, owner, parameter, place[1], place[2]))
+            rows.append(_row(name, owner, parameter, place[1], place[2], placed))
     for label, index, number, count, parameter in held.values():
-        rows.append(_row(f"optimizer.{label}.{count}", None, parameter, index, number))
+        rows.append(_row(f"optimizer.{label}.{count}", None, parameter, index, number, placed))
     return rows
 
 
@@ -103,7 +103,9 @@ def kind_of(name: str, parameter: torch.Tensor, owner: nn.Module | None) -> str:
     return "norm" if parameter.dim() == 1 and named_so and not of_torch else "weight"
 
 
-def _row(name: str, owner: nn.Module | None, parameter: torch.Tensor, optimizer: int, group: int) -> TensorRow:
+def _row(
+    name: str, owner: nn.Module | None, parameter: torch.Tensor, optimizer: int, group: int, placed: Placements
+) -> TensorRow:
     return TensorRow(
         Tensor(
             name=name,
@@ -114,7 +116,7 @@ def _row(name: str, owner: nn.Module | None, parameter: torch.Tensor, optimizer:
             group=group,
             layer=layer_of(name),
             kind=kind_of(name, parameter, owner),
-            placement=placement(parameter),
+            placement=placed.of(parameter),
         ),
         parameter,
     )
@@ -128,51 +130,3 @@ def _unwrapped(path: str, root: Any) -> str:
             del parts[0]
         root = root._orig_mod if kind == "OptimizedModule" else root.module
     return ".".join(parts)
-
-
-def placement(parameter: torch.Tensor) -> dict[str, Any] | None:
-    """How a tensor lies over ranks, as JSON; None for a plain one, which every rank holds whole.
-
-    Of a ``DTensor``: ``placements``, one a mesh dimension (``{"type": "shard",
-    "dim": 0}``, ``replicate``, ``partial``), the mesh's ``shape``, ``names`` and
-    ``ranks`` (row by row), this rank's ``coordinate``, and ``local_shape``. Of a
-    flat parameter of FSDP1: its local size alone.
-    """
-    try:
-        tensor_module: Any = sys.modules.get("torch.distributed.tensor")
-        if tensor_module is not None and isinstance(parameter, tensor_module.DTensor):
-            return _of_dtensor(parameter)
-        if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_sharded_size"):
-            return {"kind": "flat", "local_shape": list(parameter.shape)}
-    except Exception as error:  # another version's idea of a placement: better said than lost
-        return {"kind": "unknown", "error": type(error).__name__}
-    return None
-
-
-def _of_dtensor(parameter: Any) -> dict[str, Any]:
-    mesh = parameter.device_mesh
-    ranks = mesh.mesh  # lives on the CPU; which ranks form the mesh
-    coordinate = mesh.get_coordinate()
-    return {
-        "kind": "dtensor",
-        "placements": [_of_placement(p) for p in parameter.placements],
-        "mesh": {
-            "shape": list(ranks.shape),
-            "names": list(mesh.mesh_dim_names or ()),
-            "ranks": ranks.flatten().tolist() if ranks.numel() <= _MAX_MESH else None,
-        },
-        "coordinate": None if coordinate is None else list(coordinate),
-        "local_shape": list(parameter._local_tensor.shape),
-    }
-
-
-def _of_placement(placed: Any) -> dict[str, Any]:
-    kind = type(placed).__name__.lstrip("_")
-    if placed.is_replicate():
-        return {"type": "replicate"}
-    if placed.is_partial():
-        return {"type": "partial", "op": str(getattr(placed, "reduce_op", "sum"))}
-    told: dict[str, Any] = {"type": {"Shard": "shard", "StridedShard": "strided_shard"}.get(kind, kind.lower())}
-    if hasattr(placed, "dim"):
-        told["dim"] = int(placed.dim)
-    return told
