@@ -1,6 +1,6 @@
 """What the agent costs: memory over a long run, CPU beside many ranks, a scrape, and how soon a step is seen.
 
-    python benchmarks/bench_agent.py [--quick] [memory] [mlflow] [cpu] [scrape] [latency] [upload]
+    python benchmarks/bench_agent.py [--quick] [memory] [mlflow] [cpu] [detect] [scrape] [latency] [upload]
 
 The agent runs as the process that it is; journals are written by another one,
 as a training does, without the training. Limits are printed beside what was
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -159,6 +160,54 @@ def cpu(directory: Path, seconds: float) -> None:
         )
 
 
+def detect(directory: Path, seconds: float) -> None:
+    """In this process: what the detectors alone cost beside 16 ranks × 200 steps/s × 100 tensors, polled as the
+    agent does, four times a second."""
+    from gradwatch.collect.run import RunTail
+    from gradwatch.journal import find_attempts
+
+    root, clock, chance = directory / "journals", FakeClock(), random.Random(0)
+    names = [f"layer{i}.weight" for i in range(100)]
+    ranks = [
+        JournalBuilder(root, rank=r, world_size=16, tensors=names, clock=clock, seconds_a_step=0.0) for r in range(16)
+    ]
+    run, ledger = RunTail("run-1", monotonic=clock, wall=clock), Ledger()
+    for place in find_attempts(root):
+        run.offer(place)
+    spent = {"polls": 0.0, "detectors": 0.0}
+    detectors: dict[str, float] = {}
+    for step in range(int(200 * seconds)):
+        norm = chance.lognormvariate(0.0, 0.4)
+        for journal in ranks:
+            journal.step(loss=1.0 + 1.0 / (1 + step / 500) + 0.1 * norm, grad_norm=norm, clip_threshold=2.0)
+            if step % 100 == 0:
+                journal.sample([1.0] * 100, [0.001] * 100)
+        if step % 1_000 == 999:
+            ranks[0].validation(loss=1.1, accuracy=0.9, train={"loss": 1.0})
+        clock.advance(1 / 200)
+        if step % 50 == 49:
+            began = time.process_time()
+            observations = run.poll()
+            spent["polls"] += time.process_time() - began
+            for seen in observations:
+                for detector in ledger._detectors:
+                    began = time.process_time()
+                    detector.observe(seen)
+                    took = time.process_time() - began
+                    name = type(detector).__name__
+                    detectors[name] = detectors.get(name, 0.0) + took
+                    spent["detectors"] += took
+    for journal in ranks:
+        journal.end()
+    dearest = ", ".join(
+        f"{name} {took / seconds:.2%}" for name, took in sorted(detectors.items(), key=lambda item: -item[1])[:4]
+    )
+    print(
+        f"detect: {spent['detectors'] / seconds:.1%} of one core for all detectors beside 16 ranks × 200 steps/s "
+        f"(limit 10 %), {spent['polls'] / seconds:.1%} for reading and folding; dearest: {dearest}"
+    )
+
+
 def scrape(directory: Path, repeats: int) -> None:
     """In this process: 5,000 series of some twenty runs, as text."""
     from gradwatch.collect.run import RunTail
@@ -271,7 +320,7 @@ def main() -> None:
         root, ranks, tensors, rate, seconds = chosen.write
         write(Path(root), int(ranks), int(tensors), float(rate), float(seconds))
         return
-    parts = chosen.parts or ["memory", "mlflow", "cpu", "scrape", "latency", "upload"]
+    parts = chosen.parts or ["memory", "mlflow", "cpu", "detect", "scrape", "latency", "upload"]
     scale = 0.1 if chosen.quick else 1.0
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="gradwatch-bench-") as name:
@@ -288,6 +337,8 @@ def main() -> None:
                         upload(directory, server.url, max(5, int(30 * scale)))
             elif part == "cpu":
                 cpu(directory, max(8.0, 30 * scale))
+            elif part == "detect":
+                detect(directory, max(20, 120 * scale))
             elif part == "scrape":
                 scrape(directory, 50)
             elif part == "latency":
