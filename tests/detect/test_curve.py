@@ -25,7 +25,7 @@ COLUMNS = ("optimizer", "flags", "clip_threshold", "lr_0", "lr_1", "loss", "grad
 def rows(count: int, first: int = 0, seed: int = 0) -> Rows:
     """Rows with values of every kind."""
     numbers = np.random.default_rng(seed)
-    step = np.arange(first, first + count)
+    step = np.arange(first, first + count, dtype=np.int64)
     values = np.column_stack(
         [
             np.zeros(count),
@@ -39,7 +39,7 @@ def rows(count: int, first: int = 0, seed: int = 0) -> Rows:
             np.zeros(count),
         ]
     )
-    return Rows(COLUMNS, step + 1, step, step + 0.5, values)
+    return Rows(COLUMNS, step + 1, step, step.astype(np.float64) + 0.5, values)
 
 
 @given(st.lists(st.integers(0, 25), max_size=12))

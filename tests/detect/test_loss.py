@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gradwatch.detect.curves import Curves, Watcher
-from gradwatch.detect.loss import LossDiverging, LossNotDecreasing, LossPlateau, LossSpike
+from gradwatch.detect.learning import LossNotDecreasing, LossPlateau
+from gradwatch.detect.loss import LossDiverging, LossSpike
 from gradwatch.testing import JournalBuilder
 from tests.detect.support import ADAM, SGD, Curve, codes, findings, only, same_however_cut
 
@@ -115,7 +116,7 @@ def test_growing_returns_losses_of_both_signs_and_two_optimizers_do_not_diverge(
     def returns(journal: JournalBuilder) -> None:
         for part in range(16):
             Curve(journal, seed=part).steps(50, loss=(1.0 + part, 2.0 + part))
-            journal.validation(**{"return": 10.0 + 5 * part})
+            journal.validation(reward=10.0 + 5 * part)
 
     def both_signs(journal: JournalBuilder) -> None:
         noise = np.random.default_rng(0).normal(size=1_000)

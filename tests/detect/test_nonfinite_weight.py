@@ -74,7 +74,8 @@ def test_every_rank_is_watched_by_itself(tmp_path: Path) -> None:
 
 def test_a_training_whose_weights_turn_to_nan(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    last = torch.nn.Linear(8, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with gradwatch.watch(model, optimizer, root=tmp_path) as run:
         for step in range(12):
@@ -82,8 +83,8 @@ def test_a_training_whose_weights_turn_to_nan(tmp_path: Path) -> None:
             loss = model(torch.randn(16, 4)).square().mean()
             loss.backward()
             if step == 5:
-                assert model[2].weight.grad is not None
-                model[2].weight.grad[0, 0] = math.nan
+                assert last.weight.grad is not None
+                last.weight.grad[0, 0] = math.nan
             optimizer.step()
             run.log_train(loss=loss)
     one = only(replay(tmp_path), CODE)

@@ -19,7 +19,8 @@ from gradwatch.detect.detector import Detector
 from gradwatch.detect.fitting import LeakageSuspected, Underfitting
 from gradwatch.detect.gap import GeneralizationGap
 from gradwatch.detect.gradient import GradientExploding, Saturated
-from gradwatch.detect.loss import LossDiverging, LossNotDecreasing, LossPlateau, LossSpike
+from gradwatch.detect.learning import LossNotDecreasing, LossPlateau
+from gradwatch.detect.loss import LossDiverging, LossSpike
 from gradwatch.detect.nonfinite import Nonfinite
 from gradwatch.detect.nonfinite_weight import NonfiniteWeight
 from gradwatch.detect.overfitting import Overfitting
