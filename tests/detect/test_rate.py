@@ -210,3 +210,18 @@ def test_adaptive_optimizers_learning_runs_and_moderate_clips_are_left_alone(tmp
     assert codes(findings(tmp_path / "b", learning), code) == []
     assert codes(findings(tmp_path / "c", moderate), code) == []
     assert len(codes(findings(tmp_path / "d", moderate, budgets={code: 0.3}), code)) == 1
+
+
+def test_samples_and_validations_that_are_read_long_before_their_rows_count_from_their_time_on(tmp_path: Path) -> None:
+    """A replay reads all samples at once: the first ones must still be there when the first rows are judged."""
+
+    def long(journal: JournalBuilder) -> None:
+        curve = start(journal, 0.3)
+        for part in range(60):
+            curve.steps(20, loss=6.0 if part < 5 else 2.0)
+            sampled(journal, 0.001)
+            journal.validation(accuracy=0.1 if part < 30 else 0.9)
+
+    one = only(same_however_cut(tmp_path, long, too_high), CODE)
+    assert one.step <= 49
+    assert one.evidence["peak_update_ratio"] == pytest.approx(0.3)

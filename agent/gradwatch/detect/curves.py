@@ -13,7 +13,7 @@ from gradwatch.catalog import Severity
 from gradwatch.collect.model import Finding
 from gradwatch.collect.rows import Rows
 from gradwatch.collect.run import Observation
-from gradwatch.detect.curve import Block, Blocks
+from gradwatch.detect.curve import BLOCK, Block, Blocks
 from gradwatch.detect.detector import found, optimizer_of
 from gradwatch.detect.past import Milestones, Past
 from gradwatch.journal.manifest import Optimizer
@@ -106,6 +106,8 @@ class Curves:
             if index not in self._tracks:
                 self._tracks[index] = _Track(self._watchers(), Past(alone, milestones=self._milestones))
             findings += self._tracks[index].observe(seen, index, rows.take(rows.optimizer == index))
+        if len(rows):
+            self._milestones.forget(float(rows.time[max(0, len(rows) - BLOCK * len(self._tracks))]))
         return sorted(findings, key=lambda finding: finding.step)
 
     def _watchers(self) -> list[Watcher]:

@@ -126,8 +126,8 @@ class LossDiverging:
 
         L − B > budget (½) · max(S − B, ½ |B|)   and   L − B > 6 standard errors
 
-    For a loss that went below zero L − S takes the place of L − B: it has no
-    natural size. Over when the level is half the way back. Warm restarts and curricula go
+    For a loss that went below zero L − max(S, 0) takes the place of L − B: it
+    has no natural size. Over when the level is half the way back. Warm restarts and curricula go
     back by less: a restart of cosine annealing by a tenth (measured). Where a
     run never learned (S − B small), half of its best level counts. Not judged
     where losses have both signs, where the run has several optimizers, or while

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradwatch.catalog import Severity
 from gradwatch.collect.model import Finding
+from gradwatch.collect.rows import I64
 from gradwatch.collect.run import Observation
 from gradwatch.detect.detector import found
 
@@ -42,19 +43,24 @@ class NonfiniteWeight:
         if seen.begun:
             rank.begin()
         rows = seen.rows.take(seen.rows.plausible & seen.rows.nonfinite)
-        rank.note_broken(rows.sequence[: rank.KEPT].tolist(), rows.step[: rank.KEPT].tolist())
         rank.waiting += _samples(seen)
         until = int(seen.rows.sequence[-1]) if len(seen.rows) else -1
         findings: list[Finding] = []
+        at = 0
         while rank.waiting and (seen.closed or rank.waiting[0].row <= until):
+            # The weights of a sample are those before its own step.
+            stop = int(np.searchsorted(rows.sequence, rank.waiting[0].row))
+            rank.note_broken(rows.step[at:stop])
+            at = max(at, stop)
             findings += self._look(seen, rank, rank.waiting.pop(0))
+        rank.note_broken(rows.step[at:])
         return findings
 
     @staticmethod
     def _look(seen: Observation, rank: _Rank, sample: _Sample) -> list[Finding]:
         step, time = sample.step, sample.time
         if not sample.tensors:
-            rank.last_finite, rank.broken = step, [pair for pair in rank.broken if pair[0] >= sample.row]
+            rank.last_finite, rank.broken = step, None
             over, rank.in_a_row = rank.in_a_row > 0, 0
             if not over:
                 return []
@@ -64,17 +70,16 @@ class NonfiniteWeight:
         rank.in_a_row += 1
         if rank.in_a_row not in (1, PAGE_SAMPLES):
             return []
-        gradient = next((step for row, step in rank.broken if row < sample.row), None)
         evidence = {
             "step": step,
             "rank": seen.rank,
             "tensors": sample.tensors,
             "first_tensors": sample.names,
             "last_finite_step": rank.last_finite if rank.last_finite >= 0 else None,
-            "first_broken_gradient_step": gradient,
+            "first_broken_gradient_step": rank.broken,
         }
         since = "" if rank.last_finite < 0 else f"; at step {rank.last_finite} all were finite"
-        how = "" if gradient is None else f", and step {gradient} was taken with a broken gradient"
+        how = "" if rank.broken is None else f", and step {rank.broken} was taken with a broken gradient"
         message = (
             f"At step {step} on rank {seen.rank} {sample.tensors} tensors of weights held NaN or infinity, first in "
             f"{sample.names[0]}{since}{how}."
@@ -102,21 +107,20 @@ class _Sample(NamedTuple):
 class _Rank:
     """One rank: samples that wait for the rows before them, and what was since the last clean one."""
 
-    KEPT: Final = 64
-
     def __init__(self) -> None:
         self.waiting: list[_Sample] = []
         #: Samples with broken weights in a row, and the step of the last clean one.
         self.in_a_row, self.last_finite = 0, -1
-        #: (row, step) of the first steps that were taken with a broken gradient since then.
-        self.broken: list[tuple[int, int]] = []
+        #: The first step that was taken with a broken gradient since then.
+        self.broken: int | None = None
 
     def begin(self) -> None:
         """A new attempt: it begins with the weights of a checkpoint."""
-        self.waiting, self.last_finite, self.broken = [], -1, []
+        self.waiting, self.last_finite, self.broken = [], -1, None
 
-    def note_broken(self, rows: list[int], steps: list[int]) -> None:
-        self.broken = [*self.broken, *zip(rows, steps)][: self.KEPT]
+    def note_broken(self, steps: I64) -> None:
+        if self.broken is None and len(steps):
+            self.broken = int(steps[0])
 
     def to_state(self) -> list[Any]:
         return [[list(sample) for sample in self.waiting], self.in_a_row, self.last_finite, self.broken]
@@ -124,9 +128,8 @@ class _Rank:
     @classmethod
     def from_state(cls, state: list[Any]) -> _Rank:
         self = cls()
-        waiting, self.in_a_row, self.last_finite, broken = state
+        waiting, self.in_a_row, self.last_finite, self.broken = state
         self.waiting = [_Sample(*sample) for sample in waiting]
-        self.broken = [(int(row), int(step)) for row, step in broken]
         return self
 
 

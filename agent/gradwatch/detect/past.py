@@ -22,7 +22,7 @@ _LOSSES: Final = 256
 _BOTH_SIGNS: Final = 0.05
 _RATIOS: Final = 32
 _SMALLEST: Final = 1e-300
-_VALIDATIONS: Final = 64
+_METRICS: Final = 64
 
 
 @dataclass(slots=True)
@@ -55,10 +55,10 @@ def given_back(level: float, best: float, start: float) -> float:
     """How much of what was learned a loss has given back: 0 at its best level, 1 where the run started.
 
     (level − best) / max(start − best, ½ |best|): where a run never learned, half of its best level counts. A loss
-    that went below zero is measured from where the run started, (level − start): it has no natural size, and that of
-    a policy gradient returns to zero when there is nothing more to gain.
+    that went below zero is measured from where the run started, or from zero where it started below: it has no natural
+    size, and that of a policy gradient returns to zero when there is nothing more to gain.
     """
-    return (level - (start if best < 0 else best)) / max(start - best, 0.5 * abs(best), _SMALLEST)
+    return (level - (max(start, 0.0) if best < 0 else best)) / max(start - best, 0.5 * abs(best), _SMALLEST)
 
 
 class Milestones:
@@ -84,7 +84,7 @@ class Milestones:
         moved = float(np.linalg.norm(weight[known] * ratio[known]))
         ratio_of_all = moved / total if total > 0 else 0.0
         if math.isfinite(ratio_of_all):
-            self._ratios = [*self._ratios, (table.time, ratio_of_all)][-_RATIOS:]
+            self._ratios.append((table.time, ratio_of_all))
 
     def validate(self, validation: Validation) -> None:
         """Note by how much a validation over all data is better than the first one."""
@@ -95,14 +95,21 @@ class Milestones:
             if not math.isfinite(value):
                 continue
             if name not in self._first:
-                if len(self._first) < _VALIDATIONS:
+                if len(self._first) < _METRICS:
                     self._first[name] = (value, is_better_high(name, {}))
                 continue
             first, high = self._first[name]
             gained = (value - first) if high else (first - value)
             gains.append(gained / abs(first) if first else 0.0)
         if gains and math.isfinite(max(gains)):
-            self._gains = [*self._gains, (validation.time, max(gains))][-_VALIDATIONS:]
+            self._gains.append((validation.time, max(gains)))
+
+    def forget(self, before: float) -> None:
+        """Of what was before a time, the last few are enough; what is still to come stays."""
+        for known, kept in ((self._ratios, _RATIOS), (self._gains, 1)):
+            gone = sum(time < before for time, _ in known) - kept
+            if gone > 0:
+                del known[:gone]
 
     def gain(self, until: float) -> float:
         """Share by which the last validation before a time was better than the first one; 0 of none."""
