@@ -64,14 +64,14 @@ def test_one_odd_batch_a_near_zero_loss_and_a_warm_restart_are_no_spikes(tmp_pat
         curve.steps(1, loss=50.0)
         curve.steps(109, loss=1.0)
         curve.steps(200, loss=(1.0, 0.001))
-        curve.steps(200, loss=0.001)
+        curve.steps(300, loss=0.001)
         curve.steps(100, loss=0.05)
 
     def restart(journal: JournalBuilder) -> None:
         curve = Curve(journal)
         curve.steps(300, loss=(2.3, 0.4), lr=0.1)
-        for i in range(20):
-            curve.steps(10, loss=0.4 - 0.01 * i, lr=0.1 - 0.005 * i)
+        for i in range(30):
+            curve.steps(10, loss=0.4, lr=0.1 * 0.9**i)
         curve.steps(100, loss=0.9, lr=0.1)
 
     assert codes(findings(tmp_path / "a", odd), "loss-spike") == []
@@ -175,7 +175,12 @@ def test_a_long_warmup_slow_learning_much_noise_and_better_validations_are_left_
             Curve(journal, seed=part).steps(150, loss=2.3)
             journal.validation(accuracy=0.1 + 0.05 * part)
 
-    for name, write in (("a", warmup), ("b", slow), ("c", noisy), ("d", validated)):
+    def at_once(journal: JournalBuilder) -> None:
+        curve = Curve(journal)
+        curve.steps(20, loss=(2.3, 1.0))
+        curve.steps(1_500, loss=1.0)
+
+    for name, write in (("a", warmup), ("b", slow), ("c", noisy), ("d", validated), ("e", at_once)):
         assert codes(findings(tmp_path / name, write), "loss-not-decreasing") == [], name
 
 

@@ -92,3 +92,19 @@ def test_a_training_whose_weights_turn_to_nan(tmp_path: Path) -> None:
     assert one.evidence["last_finite_step"] == 4
     assert one.evidence["first_broken_gradient_step"] == 5
     assert "2.weight" in one.evidence["first_tensors"]
+
+
+def test_a_sample_waits_for_the_rows_before_it(tmp_path: Path) -> None:
+    """A replay reads all samples with the first 4,096 rows; what happened in later rows is said all the same."""
+    with JournalBuilder(tmp_path) as journal:
+        for step in range(4_700):
+            broken = step in (4_300, 4_500)
+            journal.step(grad_norm=math.nan if broken else 1.0, nonfinite=int(broken))
+            if step % 200 == 0:
+                journal.sample([1.0, math.inf if step == 4_600 else 1.0], [0.1, 0.1])
+    one = only(replay(tmp_path), CODE)
+    assert (one.step, one.evidence["last_finite_step"], one.evidence["first_broken_gradient_step"]) == (
+        4_600,
+        4_400,
+        4_500,
+    )

@@ -71,7 +71,8 @@ def test_a_steady_gap_noise_and_a_training_loss_that_rises_too_are_left_alone(tm
     gap = [(0.8 + 1.0 * 0.8**i, 1.2 + 1.0 * 0.8**i) for i in range(30)]
     noisy = [(0.5 + 0.5 * 0.9**i, 1.0 * (1 + 0.08 * float(noise[i]))) for i in range(40)]
     both = [(2.0 * 0.8 ** min(i, 8) * (1.0 + 0.1 * max(0, i - 8)),) * 2 for i in range(16)]
-    for name, pairs in (("gap", gap), ("noisy", noisy), ("both", both)):
+    harder = [(1.0 + 0.01 * i, 1.0 + 0.05 * i) for i in range(16)]
+    for name, pairs in (("gap", gap), ("noisy", noisy), ("both", both), ("harder", harder)):
         assert codes(findings(tmp_path / name, validations(pairs)), "overfitting") == [], name
 
 
@@ -110,6 +111,8 @@ def test_underfitting_is_a_loss_that_rests_high_without_a_gap(tmp_path: Path) ->
     gap = [(2.3, 2.3 + 0.1 * i) for i in range(12)]
     assert codes(findings(tmp_path / "b", validations(learned)), "underfitting") == []
     assert codes(findings(tmp_path / "c", validations(gap)), "underfitting") == []
+    falling = [(2.3 * 0.93**i, 2.3 * 0.93**i) for i in range(12)]
+    assert codes(findings(tmp_path / "d", validations(falling), budgets={"underfitting": 0.2}), "underfitting") == []
 
 
 def test_leakage_is_suspected_where_validation_is_much_better_or_all_is_too_good(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradwatch.detect.curves import Curves
@@ -73,6 +74,16 @@ def test_a_rising_loss_without_large_updates_is_no_matter_of_the_rate(tmp_path: 
         curve.steps(300, loss=(3.0, 20.0))
 
     assert codes(findings(tmp_path, growing), CODE) == []
+
+
+def test_a_lucky_first_loss_of_single_samples_is_no_measure(tmp_path: Path) -> None:
+    def single(journal: JournalBuilder) -> None:
+        journal.step(loss=0.3)
+        sampled(journal, 0.08)
+        for loss in np.random.default_rng(0).exponential(size=400).tolist():
+            journal.step(loss=loss)
+
+    assert codes(findings(tmp_path, single), CODE) == []
 
 
 def test_a_healthy_beginning_with_a_bump_is_no_finding(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ class LossNotDecreasing:
     """After warmup and 500 steps more, the loss is where the run began.
 
     The median over the last 200 steps against that over the first 100 of the
-    run: not below it by 1 % of its size (budget), nor by 3 standard errors,
-    where a fall of 5 % would be 3 standard errors: noise that hides such a fall
-    proves nothing. Over when it is below by 5 %. Not judged where a level was 5 %
-    lower once (that is ``loss-diverging``), after ``learning-rate-too-high``,
+    run: not below it by 1 % of its size (budget), nor by 3 standard errors. Over
+    when it is below by 5 %. Not judged where a level of 100 steps was ever 5 %
+    below the start or the loss before the first update (it has fallen, within
+    those 100 steps perhaps, or its noise hides whether it has), after ``learning-rate-too-high``,
     where losses have both signs, where the run has several optimizers, or while
     validations are better than the first one by 1 %.
     """
@@ -60,9 +60,9 @@ class LossNotDecreasing:
                 message = f"The loss is {after:.4g}; the run began with {before:.4g}."
                 return now.found(self.code, message, evidence, active=False)
             return []
-        telling = 3 * error < self.OVER * abs(before)
-        fell = past.best is not None and before - past.best > self.OVER * abs(before)
-        stuck = telling and not fell and gain < least * abs(before) and gain < 3 * error
+        highest = max(before, before if past.first is None else past.first)
+        fell = past.best is not None and highest - past.best > self.OVER * abs(highest)
+        stuck = not fell and gain < least * abs(before) and gain < 3 * error
         if (
             not stuck
             or not past.judged

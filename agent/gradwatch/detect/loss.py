@@ -29,8 +29,8 @@ class LossSpike:
     for its median *m*: tail excesses, as for ``gradient-spike``, since losses
     of small batches have a long right tail; a median, since one odd batch that
     the run shrugs off is no ticket; the start, since a loss near zero multiplies
-    easily and harmlessly. Outliers never enter the past; 20 blocks of them are a
-    new regime. A learning rate that rises by half within 100 steps (a warm
+    easily and harmlessly. Outliers never enter the past; what comes behind 20
+    blocks of them in a row is no outlier but a new regime. A learning rate that rises by half within 100 steps (a warm
     restart) begins a new past. Over with the first block that is no outlier.
     Not judged where losses have both signs (policy gradients) or the run has
     several optimizers (adversarial losses jump by design), unless the loss
@@ -66,7 +66,6 @@ class LossSpike:
             self._outliers += 1
             if self._outliers <= self.REGIME:
                 return self._raise(now) if self._since is None else []
-            self._past.clear()
         self._outliers = 0
         self._past.accept(block.losses)
         if self._since is None:

@@ -32,8 +32,8 @@ class Overfitting:
 
         m − B > max(budget (5 %) · |B|,  3 σ,  1 % of |the first validation loss|),
 
-    the training loss (mean since the last validation) is below what it was at
-    the best, and the gap between the two is larger than it was there. *σ* comes
+    and the training loss (mean since the last validation) is below what it was
+    at the best, so that the gap between the two is larger. *σ* comes
     from second differences of the last 16, so that a trend does not count as
     noise: their median size × 1.4826 / √6. Three of it, since *B* is the lowest
     of many noisy medians. Over when *m* is within half of that rise.
@@ -133,7 +133,7 @@ class _Slice:
         self.middle = math.nan
         self.best: float | None = None
         self.best_step = -1
-        self.training_at_best = self.gap_at_best = math.nan
+        self.training_at_best = math.nan
         self._losses: list[float] = []
         self._above = 0
         self._active = False
@@ -147,7 +147,7 @@ class _Slice:
         self.middle = float(np.median(self._losses[-MEDIAN:]))
         if self.best is None or self.middle < self.best:
             self.best, self.best_step = self.middle, step
-            self.training_at_best, self.gap_at_best = training, self.middle - training
+            self.training_at_best = training
 
     @property
     def noise(self) -> float:
@@ -161,7 +161,7 @@ class _Slice:
         """One more validation against the rise that counts; whether it is the one that tells."""
         assert self.best is not None
         turned = self.middle - self.best > rise
-        if not (turned and training < self.training_at_best and self.middle - training > self.gap_at_best):
+        if not (turned and training < self.training_at_best):
             self._above = 0
             return False
         self._above += 1
@@ -178,16 +178,12 @@ class _Slice:
         return True
 
     def to_state(self) -> list[Any]:
-        known = [
-            None if math.isnan(v) else v for v in (self.first, self.middle, self.training_at_best, self.gap_at_best)
-        ]
+        known = [None if math.isnan(v) else v for v in (self.first, self.middle, self.training_at_best)]
         return [known, self.best, self.best_step, self._losses, self._above, self._active]
 
     @classmethod
     def from_state(cls, state: list[Any]) -> _Slice:
         self = cls()
         known, self.best, self.best_step, self._losses, self._above, self._active = state
-        self.first, self.middle, self.training_at_best, self.gap_at_best = (
-            math.nan if value is None else float(value) for value in known
-        )
+        self.first, self.middle, self.training_at_best = (math.nan if v is None else float(v) for v in known)
         return self
