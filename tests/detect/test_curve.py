@@ -113,10 +113,10 @@ def test_warmup_is_over_when_the_rate_rises_no_more(rates: list[float], over_at:
         (1.0, 1.0, 2.0, 0.0),
         (1.5, 1.0, 2.0, 0.5),
         (2.0, 1.0, 2.0, 1.0),
-        (1.5, 1.0, 1.1, 1.0),
+        (1.5, 1.0, 1.1, 0.5),
         (-1.0, -3.0, 1.0, -0.5),
         (3.0, -3.0, 1.0, 0.5),
-        (-0.1, -1.0, -0.5, -0.2),
+        (-0.1, -1.0, -0.5, -0.1),
     ],
 )
 def test_what_a_loss_gives_back(level: float, best: float, start: float, share: float) -> None:

@@ -133,6 +133,19 @@ def test_growing_returns_losses_of_both_signs_and_two_optimizers_do_not_diverge(
     assert codes(findings(tmp_path / "c", adversarial, optimizers=["g", "d"]), *LOSS) == []
 
 
+def test_values_that_grow_while_validations_hold_do_not_diverge(tmp_path: Path) -> None:
+    def values(journal: JournalBuilder, worse: float) -> None:
+        for part in range(20):
+            loss = (1.0, 0.7) if part < 10 else (0.7 + 0.2 * (part - 10), 0.9 + 0.2 * (part - 10))
+            Curve(journal, seed=part).steps(50, loss=loss)
+            journal.validation(reward=220.0 - (worse if part > 11 else 0.0))
+
+    held = same_however_cut(tmp_path / "a", lambda journal: values(journal, 0.0), curves(LossDiverging))
+    assert codes(held) == []
+    fell = same_however_cut(tmp_path / "b", lambda journal: values(journal, 50.0), curves(LossDiverging))
+    assert len(codes(fell)) == 1
+
+
 def test_without_the_returns_growing_losses_look_like_divergence(tmp_path: Path) -> None:
     def returns(journal: JournalBuilder) -> None:
         Curve(journal).steps(800, loss=(1.0, 17.0))

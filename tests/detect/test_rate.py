@@ -152,6 +152,24 @@ def test_a_rate_that_rises_to_a_new_height_is_held_against_the_loss_before(tmp_p
     assert one.evidence["loss_before"] == pytest.approx(0.98, rel=0.1)
 
 
+@pytest.mark.parametrize(("after", "accuracy", "expected"), [(1.0, 0.7, 1), (1.0, 0.9, 0), (0.82, 0.7, 0)])
+def test_a_rise_that_leaves_the_loss_somewhat_worse_for_good(
+    tmp_path: Path, after: float, accuracy: float, expected: int
+) -> None:
+    def rise(journal: JournalBuilder) -> None:
+        curve = start(journal, 0.01, lr=0.01)
+        curve.steps(399, loss=(2.3, 0.8), lr=0.01)
+        curve.steps(100, loss=0.8, lr=0.01)
+        journal.validation(accuracy=0.7)
+        curve.steps(50, loss=after, lr=0.03)
+        journal.validation(accuracy=accuracy)
+        curve.steps(150, loss=after, lr=0.03)
+
+    found = codes(same_however_cut(tmp_path, rise, too_high), CODE)
+    assert len(found) == expected
+    assert all(step == 599 for _, _, step in found)
+
+
 def test_a_warm_restart_and_a_new_attempt_are_no_rise(tmp_path: Path) -> None:
     def restart(journal: JournalBuilder) -> None:
         curve = start(journal, 0.01, lr=0.1)

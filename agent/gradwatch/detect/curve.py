@@ -139,8 +139,8 @@ def median(table: F64) -> list[float]:
     count = (~np.isnan(table)).sum(axis=1)
     at = np.arange(len(table))
     middle = (
-        ordered[at, np.maximum(0, (count - 1) // 2)] + ordered[at, np.minimum(count // 2, table.shape[1] - 1)]
-    ) / 2
+        ordered[at, np.maximum(0, (count - 1) // 2)] / 2 + ordered[at, np.minimum(count // 2, table.shape[1] - 1)] / 2
+    )
     return np.where(count > 0, middle, np.nan).tolist()  # type: ignore[no-any-return]
 
 

@@ -67,7 +67,7 @@ class LossNotDecreasing:
             not stuck
             or not past.judged
             or "learning-rate-too-high" in past.troubles
-            or past.milestones.gain(now.block.time) > least
+            or past.milestones.gain(0.0, now.block.time) > least
         ):
             return []
         self._active = True

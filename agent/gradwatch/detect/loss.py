@@ -13,7 +13,7 @@ from gradwatch.detect.past import given_back
 
 #: A level is judged where it is known to so many standard errors.
 SURE: Final = 6.0
-#: Share by which a validation must be better than the first one to count as progress.
+#: Share by which a validation must be better than an earlier one to count as progress.
 PROGRESS: Final = 0.05
 
 
@@ -123,15 +123,17 @@ class LossDiverging:
     far and the level *S* of the run's first ten steps, diverging when for 50
     steps in a row
 
-        L − B > budget (½) · max(S − B, ½ |B|)   and   L − B > 6 standard errors
+        L − B > budget (½) · max(S − B, |B|)   and   L − B > 6 standard errors
 
     For a loss that went below zero L − max(S, 0) takes the place of L − B: it
     has no natural size. Over when the level is half the way back. Warm restarts and curricula go
     back by less: a restart of cosine annealing by a tenth (measured). Where a
-    run never learned (S − B small), half of its best level counts. Not judged
-    where losses have both signs, where the run has several optimizers, or while
-    validations are better than the first one: then the loss is no measure of
-    progress, as in reinforcement learning with growing returns.
+    run learned little, half of its best level counts. Not judged where losses
+    have both signs, where the run has several optimizers, or where validations
+    say otherwise: the last one since the best level is better by 5 % than the
+    last one before, or one since the rise was half as large is no worse by 5 %.
+    Then the loss is no measure of progress, as in reinforcement learning, where
+    it grows with returns and values.
     """
 
     code = "loss-diverging"
@@ -141,9 +143,11 @@ class LossDiverging:
     def __init__(self) -> None:
         self._above = 0
         self._active = False
+        #: Unix time since which half of the rise that counts is there.
+        self._rising: float | None = None
 
     def begin(self) -> None:
-        self._above = 0
+        self._above, self._rising = 0, None
 
     def judge(self, now: Moment) -> list[Finding]:
         past = now.past
@@ -151,8 +155,11 @@ class LossDiverging:
             return []
         share, limit = given_back(past.level, past.best, past.start), budget(now.seen, self.code, self.WAY_BACK)
         sure = past.level - past.best > SURE * past.uncertainty
-        progressing = past.milestones.gain(now.block.time) > PROGRESS
-        if past.judged and not progressing and sure and share > limit:
+        if share < limit / 2:
+            self._rising = None
+        elif self._rising is None:
+            self._rising = now.block.time
+        if past.judged and sure and share > limit and not self._is_fine(now):
             self._above += 1
             if self._above < self.LASTING or self._active:
                 return []
@@ -168,6 +175,14 @@ class LossDiverging:
             message = f"The loss of the last 100 steps is {past.level:.4g} again; its best was {past.best:.4g}."
             return now.found(self.code, message, self._evidence(now), active=False)
         return []
+
+    def _is_fine(self, now: Moment) -> bool:
+        """Whether validations say that the model has not become worse with its loss."""
+        milestones, until = now.past.milestones, now.block.time
+        if milestones.gain(now.past.best_time, until) > PROGRESS:
+            return True
+        since = until if self._rising is None else self._rising
+        return milestones.validated(since, until) and milestones.gain(since, until) > -PROGRESS
 
     @staticmethod
     def _evidence(now: Moment) -> dict[str, Any]:
@@ -188,7 +203,7 @@ class LossDiverging:
         )
 
     def to_state(self) -> Any:
-        return [self._above, self._active]
+        return [self._above, self._active, self._rising]
 
     def restore(self, state: Any) -> None:
-        self._above, self._active = state
+        self._above, self._active, self._rising = state

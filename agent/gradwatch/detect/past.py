@@ -20,9 +20,9 @@ _FEWEST_LEVELS: Final = 5
 _LOSSES: Final = 256
 #: Share of losses on either side of zero at which they are a surrogate, not a measure of progress.
 _BOTH_SIGNS: Final = 0.05
-_RATIOS: Final = 32
+#: Samples and validations of the past that are kept.
+_KEPT: Final = 32
 _SMALLEST: Final = 1e-300
-_METRICS: Final = 64
 
 
 @dataclass(slots=True)
@@ -54,11 +54,11 @@ class Warmup:
 def given_back(level: float, best: float, start: float) -> float:
     """How much of what was learned a loss has given back: 0 at its best level, 1 where the run started.
 
-    (level − best) / max(start − best, ½ |best|): where a run never learned, half of its best level counts. A loss
+    (level − best) / max(start − best, |best|): where a run learned little, its best level counts. A loss
     that went below zero is measured from where the run started, or from zero where it started below: it has no natural
     size, and that of a policy gradient returns to zero when there is nothing more to gain.
     """
-    return (level - (max(start, 0.0) if best < 0 else best)) / max(start - best, 0.5 * abs(best), _SMALLEST)
+    return (level - (max(start, 0.0) if best < 0 else best)) / max(start - best, abs(best), _SMALLEST)
 
 
 class Milestones:
@@ -71,10 +71,8 @@ class Milestones:
     def __init__(self) -> None:
         #: (time, update ratio of all tensors together) of the last samples.
         self._ratios: list[tuple[float, float]] = []
-        #: Names of validated metrics -> (first value, whether it is better high).
-        self._first: dict[str, tuple[float, bool]] = {}
-        #: (time, share by which it was better than the first one, in the metric that gained most) of the last ones.
-        self._gains: list[tuple[float, float]] = []
+        #: (time, metrics) of the last validations over all data, the first one of all in front.
+        self._validations: list[tuple[float, dict[str, float]]] = []
 
     def sample(self, table: LayerTable) -> None:
         """Note the update ratio ‖Δw‖ / ‖w‖ over all tensors of which both are known; 0 where all weights are 0."""
@@ -87,46 +85,47 @@ class Milestones:
             self._ratios.append((table.time, ratio_of_all))
 
     def validate(self, validation: Validation) -> None:
-        """Note by how much a validation over all data is better than the first one."""
-        if validation.slice:
-            return
-        gains = []
-        for name, value in validation.metrics.items():
-            if not math.isfinite(value):
-                continue
-            if name not in self._first:
-                if len(self._first) < _METRICS:
-                    self._first[name] = (value, is_better_high(name, {}))
-                continue
-            first, high = self._first[name]
-            gained = (value - first) if high else (first - value)
-            gains.append(gained / abs(first) if first else 0.0)
-        if gains and math.isfinite(max(gains)):
-            self._gains.append((validation.time, max(gains)))
+        """Note a validation over all data."""
+        metrics = {name: value for name, value in validation.metrics.items() if math.isfinite(value)}
+        if not validation.slice and metrics:
+            self._validations.append((validation.time, metrics))
 
     def forget(self, before: float) -> None:
         """Of what was before a time, the last few are enough; what is still to come stays."""
-        for known, kept in ((self._ratios, _RATIOS), (self._gains, 1)):
-            gone = sum(time < before for time, _ in known) - kept
+        for known, first in ((self._ratios, 0), (self._validations, 1)):
+            gone = sum(time < before for time, _ in known) - _KEPT - first
             if gone > 0:
-                del known[:gone]
+                del known[first : first + gone]
 
-    def gain(self, until: float) -> float:
-        """Share by which the last validation before a time was better than the first one; 0 of none."""
-        return next((gain for time, gain in reversed(self._gains) if time < until), 0.0)
+    def validated(self, since: float, until: float) -> bool:
+        """Whether there was a validation between two times."""
+        return any(since <= time < until for time, _ in self._validations)
+
+    def gain(self, since: float, until: float) -> float:
+        """Share by which the last validation between two times is better than the last one before (the first of all
+        where there is none), in the metric that gained most; 0 where there is nothing to compare."""
+        between = [metrics for time, metrics in self._validations if since <= time < until]
+        earlier = [metrics for time, metrics in self._validations if time < min(since, until)]
+        if not between or (not earlier and len(between) < 2):
+            return 0.0
+        before, now = earlier[-1] if earlier else between[0], between[-1]
+        gains = [
+            (now[name] - value if is_better_high(name, {}) else value - now[name]) / abs(value)
+            for name, value in before.items()
+            if name in now and value
+        ]
+        return max(gains, default=0.0)
 
     def ratios(self, since: float, until: float) -> list[float]:
         """The update ratios sampled from one time up to before another."""
         return [ratio for time, ratio in self._ratios if since <= time < until]
 
     def to_state(self) -> dict[str, Any]:
-        first = [[name, *known] for name, known in self._first.items()]
-        return {"ratios": self._ratios, "first": first, "gains": self._gains}
+        return {"ratios": self._ratios, "validations": self._validations}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._ratios = [(float(time), float(ratio)) for time, ratio in state["ratios"]]
-        self._first = {name: (float(value), bool(high)) for name, value, high in state["first"]}
-        self._gains = [(float(time), float(gain)) for time, gain in state["gains"]]
+        self._validations = [(float(time), dict(metrics)) for time, metrics in state["validations"]]
 
 
 @dataclass(slots=True)
@@ -146,6 +145,7 @@ class Past:
     level: float | None = None
     best: float | None = None
     best_step: int = -1
+    best_time: float = 0.0
     #: Codes of the findings on this optimizer's curves that are active now.
     troubles: set[str] = field(default_factory=set)
     warmup: Warmup = field(default_factory=Warmup)
@@ -172,7 +172,7 @@ class Past:
         known = [value for value in self.recent if not math.isnan(value)]
         self.level = float(np.median(known)) if len(known) >= _FEWEST_LEVELS else None
         if self.level is not None and (self.best is None or self.level < self.best):
-            self.best, self.best_step = self.level, block.step
+            self.best, self.best_step, self.best_time = self.level, block.step, block.time
 
     # -- what follows
 
@@ -202,7 +202,7 @@ class Past:
     def to_state(self) -> dict[str, Any]:
         warmup = self.warmup
         return {
-            "values": [self.alone, self.first, self.start, self.level, self.best, self.best_step],
+            "values": [self.alone, self.first, self.start, self.level, self.best, self.best_step, self.best_time],
             "troubles": sorted(self.troubles),
             "warmup": [warmup.highest, warmup.since, warmup.over],
             "losses": self.losses.to_state(),
@@ -212,7 +212,8 @@ class Past:
     @classmethod
     def from_state(cls, state: dict[str, Any], milestones: Milestones) -> Past:
         self = cls(milestones=milestones)
-        self.alone, self.first, self.start, self.level, self.best, self.best_step = state["values"]
+        values = state["values"]
+        self.alone, self.first, self.start, self.level, self.best, self.best_step, self.best_time = values
         self.troubles = set(state["troubles"])
         self.warmup = Warmup(*state["warmup"])
         self.losses.restore(state["losses"])

@@ -11,7 +11,7 @@ from gradwatch.collect.model import Finding
 from gradwatch.detect.curve import BLOCK
 from gradwatch.detect.curves import Moment
 from gradwatch.detect.detector import budget
-from gradwatch.detect.loss import PROGRESS
+from gradwatch.detect.loss import PROGRESS, SURE
 
 _RECENT: Final = 30
 
@@ -29,6 +29,9 @@ class LearningRateTooHigh:
     - **no better**: behind 100 steps (and up to 300, since a dying network takes
       its time) the median of the last 50 losses still above 0.95 × the first
       loss, after an update of more than 10 % of the weights' norm;
+    - **worse for good**, behind 100 and up to 300 steps, only where the rate rose
+      later: the median of the last 50 losses above the baseline by 10 % of its
+      size and by 6 standard errors;
     - **too large a step**: the first two sampled updates of the run each more
       than 20 % of the weights' norm (where all weights began at zero there is no
       such ratio).
@@ -36,8 +39,8 @@ class LearningRateTooHigh:
     At the beginning "worse" asks for an update of more than 5 % too, where
     updates were sampled: a loss that rises while weights hardly move is no
     matter of the rate (returns that grow in a policy gradient). Losses of both
-    signs, runs with several optimizers, and runs whose validations are better
-    than the first one are judged by "too large a step" alone. Over when the rate
+    signs, runs with several optimizers, and runs whose last validation since then
+    is better by 5 % than the one before are judged by "too large a step" alone. Over when the rate
     is half of what it was. The usual size of a healthy update is 0.1 %; a peak of
     11 % at the first step was seen in healthy runs with adaptive optimizers,
     which move every weight by the rate, and so no single one above 10 % is a
@@ -59,6 +62,7 @@ class LearningRateTooHigh:
     MOVED: Final = 0.1
     MOVED_MUCH: Final = 0.2
     RISE: Final = 2.0
+    LASTING: Final = 0.1
 
     def __init__(self) -> None:
         #: Where the present height of the rate began: steps since, Unix time, loss before, whether the run began there.
@@ -98,7 +102,11 @@ class LearningRateTooHigh:
             return None
         ratios = now.past.milestones.ratios(self._time, now.block.time)
         peak = max(ratios, default=None)
-        if now.past.judged and self._before is not None and now.past.milestones.gain(now.block.time) <= PROGRESS:
+        if (
+            now.past.judged
+            and self._before is not None
+            and now.past.milestones.gain(self._time, now.block.time) <= PROGRESS
+        ):
             base = self._before
             worse = base + (budget(now.seen, self.code, self.WORSE) - 1) * abs(base)
             far = base + (self.FAR_WORSE - 1) * abs(base)
@@ -110,6 +118,8 @@ class LearningRateTooHigh:
             settled = len(self._losses) == 5 * BLOCK and self._steps >= self.BEHIND + 5 * BLOCK
             level = float(np.median(self._losses)) if self._losses else base
             stuck = self._first and base > 0 and level > self.NO_BETTER * base
+            if self._is_lasting(now, base):
+                return f"the loss was {level:.4g} (median of 50 steps), {base:.4g} before", _peak(peak)
             if settled and stuck and peak is not None and peak > self.MOVED:
                 what = f"the loss was {level:.4g} (median of 50 steps), no better than {base:.4g} before, and one "
                 return what + f"update moved the weights by {peak:.0%} of their norm", _peak(peak)
@@ -117,6 +127,15 @@ class LearningRateTooHigh:
             one, two = ratios[:2]
             return f"the first sampled updates moved the weights by {one:.0%} and {two:.0%} of their norm", _peak(peak)
         return None
+
+    def _is_lasting(self, now: Moment, base: float) -> bool:
+        """Whether a rate that rose at once left the loss worse for good, beyond the noise of two medians."""
+        if self._first or self._steps < self.BEHIND or len(self._losses) < 5 * BLOCK:
+            return False
+        # The uncertainty is that of 100 steps; the levels are of 50 and of 100.
+        error = now.past.uncertainty * math.sqrt(2 + 1)
+        rise = float(np.median(self._losses)) - base
+        return rise > max(self.LASTING * abs(base), SURE * error)
 
     def _raise(self, now: Moment, why: str, told: dict[str, Any]) -> list[Finding]:
         rate = now.block.rate
