@@ -114,7 +114,7 @@ class LeakageSuspected(_BothLosses):
     Over three validations in a row, either the validation loss is below the
     training loss by more than 20 % (budget) while the training loss is at rest
     (it moved by less than 5 % between two validations; a mean over a falling
-    curve lags behind), or both losses have fallen below 1 % of the first
+    curve lags behind), or both losses have fallen below 5 % of the first
     validation's with no more than 10 % between them: hardly anything that is
     worth learning is learned without a gap. Dropout and augmentation, which are
     off in validation, explain some of the former; easy data the latter:
@@ -123,7 +123,7 @@ class LeakageSuspected(_BothLosses):
 
     code = "leakage-suspected"
     BETTER: Final = 0.2
-    PERFECT: Final = 0.01
+    PERFECT: Final = 0.05
     GAP: Final = 0.1
 
     def _holds(self, seen: Observation, pairs: list[tuple[float, float]]) -> str:
