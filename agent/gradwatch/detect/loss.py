@@ -23,17 +23,19 @@ class LossSpike:
     With the last 256 accepted losses of the same optimizer (at least 100), a
     block of ten steps is an outlier when
 
-        (m − q90) / mean(excess above q90) > budget (4)   and   m > median + ½ |median|
+        (m − q90) / mean(excess above q90) > budget (6)   and   m > median + ½ |median|
         and   m − median > 0.1 · |loss at the start|
 
-    for its median *m*: tail excesses, as for ``gradient-spike``, since losses
-    of small batches have a long right tail; a median, since one odd batch that
-    the run shrugs off is no ticket; the start, since a loss near zero multiplies
-    easily and harmlessly. Outliers never enter the past; what comes behind 20
-    blocks of them in a row is no outlier but a new regime. A learning rate that rises by half within 100 steps (a warm
-    restart) begins a new past. Over with the first block that is no outlier.
-    Not judged where losses have both signs (policy gradients) or the run has
-    several optimizers (adversarial losses jump by design), unless the loss
+    for its median *m*. Tail excesses, as for ``gradient-spike``, since losses of
+    small batches have a long right tail; a median, since one odd batch that the
+    run shrugs off is no ticket; the start, since a loss near zero multiplies
+    easily and harmlessly. Jumps by design, such as those of a Q-learner with each
+    new target network, stay below 5 excesses; planted ones began at 8. Outliers
+    never enter the past; what comes behind 20 blocks of them in a row is no
+    outlier but a new regime. A learning rate that rises by half within 100 steps
+    (a warm restart) begins a new past. Over with the first block that is no
+    outlier. Not judged where losses have both signs (policy gradients) or the run
+    has several optimizers (adversarial losses jump by design), unless the loss
     became ten times as large. After "loss spikes" in Chowdhery et al. (2022),
     *PaLM*, § 5.1, there told by eye.
     """
@@ -41,7 +43,7 @@ class LossSpike:
     code = "loss-spike"
     FEWEST: Final = 100
     WINDOW: Final = 256
-    EXCESSES: Final = 4.0
+    EXCESSES: Final = 6.0
     ROSE: Final = 0.5
     OF_START: Final = 0.1
     REGIME: Final = 20
@@ -127,7 +129,7 @@ class LossDiverging:
 
     For a loss that went below zero L − max(S, 0) takes the place of L − B: it
     has no natural size. Over when the level is half the way back. Warm restarts and curricula go
-    back by less: a restart of cosine annealing by a tenth (measured). Where a
+    back by less, a restart of cosine annealing by about a tenth. Where a
     run learned little, half of its best level counts. Not judged where losses
     have both signs, where the run has several optimizers, or where validations
     say otherwise: the last one since the best level is better by 5 % than the

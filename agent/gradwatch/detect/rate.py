@@ -41,10 +41,9 @@ class LearningRateTooHigh:
     matter of the rate (returns that grow in a policy gradient). Losses of both
     signs, runs with several optimizers, and runs whose last validation since then
     is better by 5 % than the one before are judged by "too large a step" alone. Over when the rate
-    is half of what it was. The usual size of a healthy update is 0.1 %; a peak of
-    11 % at the first step was seen in healthy runs with adaptive optimizers,
-    which move every weight by the rate, and so no single one above 10 % is a
-    finding.
+    is half of what it was. The usual size of a healthy update is 0.1 %, but an
+    adaptive optimizer moves every weight by its rate at first, which for a rate
+    of 0.01 and fresh weights is 10 %: so no single update above that is a finding.
 
     Sources: Goyal et al. (2017), *Accurate, Large Minibatch SGD* (warmup);
     Gilmer et al. (2021), *A Loss Curvature Perspective on Training Instability*
