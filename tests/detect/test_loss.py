@@ -197,6 +197,14 @@ def test_a_long_warmup_slow_learning_much_noise_and_better_validations_are_left_
         assert codes(findings(tmp_path / name, write), "loss-not-decreasing") == [], name
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_has_learned_before(tmp_path: Path) -> None:
+    def resumed(journal: JournalBuilder) -> None:
+        Curve(journal).steps(1_000, loss=0.8)
+
+    assert codes(findings(tmp_path / "a", resumed, first_step=50_000), "loss-not-decreasing") == []
+    assert len(codes(findings(tmp_path / "b", resumed), "loss-not-decreasing")) == 1
+
+
 def test_the_advice_looks_at_the_clip_first_where_an_sgd_is_clipped_at_every_step(tmp_path: Path) -> None:
     def clipped(journal: JournalBuilder) -> None:
         Curve(journal).steps(1_000, loss=2.3, clip_threshold=1e-3)

@@ -201,6 +201,15 @@ def test_a_journal_that_does_not_reach_back_to_the_first_step_is_not_judged(tmp_
     assert codes(findings(tmp_path, late, capacity=128 * 1024), CODE) == []
 
 
+def test_attempts_that_a_scaler_skipped_come_before_the_first_step(tmp_path: Path) -> None:
+    def skipping(journal: JournalBuilder) -> None:
+        for _ in range(3):
+            journal.step(loss=2.3, skipped=True, nonfinite=1)
+        start(journal, 0.3).steps(60, loss=6.0)
+
+    assert only(findings(tmp_path, skipping), CODE).evidence["loss_before"] == pytest.approx(2.3, rel=0.2)
+
+
 def test_adversarial_optimizers_are_not_held_against_their_losses(tmp_path: Path) -> None:
     def adversarial(journal: JournalBuilder) -> None:
         for i in range(300):

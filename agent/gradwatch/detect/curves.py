@@ -141,8 +141,7 @@ class _Track:
             watcher.begin()
 
     def observe(self, seen: Observation, index: int, rows: Rows) -> list[Finding]:
-        if self.past.first is None and rows.sequence[0] == 1 and np.isfinite(rows["loss"][0]):
-            self.past.first = float(rows["loss"][0])
+        self.past.see_first(int(rows.step[0]), float(rows["loss"][0]))
         findings: list[Finding] = []
         for block in self._blocks.add(rows):
             self.past.add(block)

@@ -19,7 +19,8 @@ class LossNotDecreasing:
     when it is below by 5 %. Not judged where a level of 100 steps was ever 5 %
     below the start or the loss before the first update (it has fallen, within
     those 100 steps perhaps, or its noise hides whether it has), after ``learning-rate-too-high``,
-    where losses have both signs, where the run has several optimizers, or while
+    where losses have both signs, where the run has several optimizers, where its
+    first step is not in the journal (it goes on from a checkpoint), or while
     validations are better than the first one by 1 %.
     """
 
@@ -64,8 +65,7 @@ class LossNotDecreasing:
         fell = past.best is not None and highest - past.best > self.OVER * abs(highest)
         stuck = not fell and gain < least * abs(before) and gain < 3 * error
         if (
-            not stuck
-            or not past.judged
+            not (stuck and past.fresh and past.judged)
             or "learning-rate-too-high" in past.troubles
             or past.milestones.gain(0.0, now.block.time) > least
         ):

@@ -132,14 +132,16 @@ class Milestones:
 class Past:
     """The past of one optimizer, block after block.
 
-    ``first`` is the loss before the first update: that of the run's first step,
-    computed before its weights moved; None where the journal no longer reaches
-    back to it. ``start`` is the level of the loss over the first ten steps.
+    ``fresh`` says whether its first step is in the journal: not where the ring no
+    longer reaches back, nor in a run that goes on from another one's checkpoint.
+    ``first`` is the loss of that step, computed before the weights moved; None
+    where it is not known. ``start`` is the level of the loss over the first ten steps.
     ``level`` is the median over the last 100 steps, ``best`` the lowest level.
     """
 
     #: Whether the run has no other optimizer: losses of two measure each other, not progress.
     alone: bool = True
+    fresh: bool | None = None
     first: float | None = None
     start: float | None = None
     level: float | None = None
@@ -161,6 +163,12 @@ class Past:
         self.warmup = Warmup()
         self.recent, self.level = [], None
         self.losses.clear()
+
+    def see_first(self, step: int, loss: float) -> None:
+        """The first step of what came; only the first call counts."""
+        if self.fresh is None:
+            self.fresh = step <= 1
+            self.first = loss if self.fresh and math.isfinite(loss) else None
 
     def add(self, block: Block) -> None:
         self.warmup.add(block.rate, BLOCK)
@@ -202,7 +210,10 @@ class Past:
     def to_state(self) -> dict[str, Any]:
         warmup = self.warmup
         return {
-            "values": [self.alone, self.first, self.start, self.level, self.best, self.best_step, self.best_time],
+            "values": [
+                *(self.alone, self.fresh, self.first, self.start),
+                *(self.level, self.best, self.best_step, self.best_time),
+            ],
             "troubles": sorted(self.troubles),
             "warmup": [warmup.highest, warmup.since, warmup.over],
             "losses": self.losses.to_state(),
@@ -213,7 +224,7 @@ class Past:
     def from_state(cls, state: dict[str, Any], milestones: Milestones) -> Past:
         self = cls(milestones=milestones)
         values = state["values"]
-        self.alone, self.first, self.start, self.level, self.best, self.best_step, self.best_time = values
+        self.alone, self.fresh, self.first, self.start, self.level, self.best, self.best_step, self.best_time = values
         self.troubles = set(state["troubles"])
         self.warmup = Warmup(*state["warmup"])
         self.losses.restore(state["losses"])
