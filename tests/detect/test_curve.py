@@ -84,8 +84,17 @@ def test_a_past_is_bounded_and_its_tail_is_that_of_its_values() -> None:
     assert past.tail.median == pytest.approx(float(np.median(last)), abs=0.2)
     assert past.tail.q90 == pytest.approx(float(np.quantile(last, 0.9)), abs=0.3)
     assert past.tail.largest == last.max()
-    assert past.tail.spread == pytest.approx(2.0, rel=0.3)
     assert past.tail.excess == pytest.approx(float((last[last > past.tail.q90] - past.tail.q90).mean()))
+
+
+@pytest.mark.parametrize("draw", ["normal", "chisquare"])
+def test_the_error_of_a_median_is_that_of_many_medians(draw: str) -> None:
+    numbers = np.random.default_rng(0)
+    values = numbers.normal(size=1_000_000) if draw == "normal" else numbers.chisquare(1, size=1_000_000)
+    past = Reference(100_000)
+    past.accept(values[:100_000])
+    medians = np.median(values.reshape(-1, 100), axis=1)
+    assert past.tail.error / 10 == pytest.approx(float(medians.std()), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,10 @@ class Reference:
             quantile = float(ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))])
             above = ordered[ordered > quantile]
             excess = float((above - quantile).mean()) if len(above) else 0.0
-            # 1.4826 × the median deviation is the standard deviation of normal values (Rousseeuw & Croux, 1993).
-            spread = 1.4826 * float(np.median(np.abs(ordered - median_)))
-            self._tail = Tail(median_, quantile, excess, float(ordered[-1]), spread)
+            # The error of a median of n values is 1 / (2 f √n), with the density f there: a fifth of the values
+            # lies between the quantiles 0.4 and 0.6.
+            middle = float(ordered[int(0.6 * (len(ordered) - 1))]) - float(ordered[int(0.4 * (len(ordered) - 1))])
+            self._tail = Tail(median_, quantile, excess, float(ordered[-1]), middle / 0.4)
         return self._tail
 
     @property
@@ -198,10 +199,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Where values lie: median, 90th percentile, mean excess above it, maximum, robust standard deviation."""
+    """Where values lie: median, 90th percentile, mean excess above it, maximum; ``error`` / √n is the standard error
+    of a median of n such values, whatever their distribution."""
 
     median: float
     q90: float
     excess: float
     largest: float
-    spread: float
+    error: float

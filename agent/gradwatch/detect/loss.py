@@ -11,8 +11,8 @@ from gradwatch.detect.curves import Moment
 from gradwatch.detect.detector import budget
 from gradwatch.detect.past import given_back
 
-#: A level is judged where it is known to so many standard errors.
-SURE: Final = 6.0
+#: Standard errors that a level must be above another: the lowest of a hundred levels is chance by three of them.
+SURE: Final = 8.0
 #: Share by which a validation must be better than an earlier one to count as progress.
 PROGRESS: Final = 0.05
 
@@ -125,7 +125,7 @@ class LossDiverging:
     far and the level *S* of the run's first ten steps, diverging when for 50
     steps in a row
 
-        L − B > budget (½) · max(S − B, |B|)   and   L − B > 6 standard errors
+        L − B > budget (½) · max(S − B, |B|)   and   L − B > 8 standard errors
 
     For a loss that went below zero L − max(S, 0) takes the place of L − B: it
     has no natural size. Over when the level is half the way back. Warm restarts and curricula go

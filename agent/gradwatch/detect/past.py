@@ -204,8 +204,8 @@ class Past:
 
     @property
     def uncertainty(self) -> float:
-        """Standard error of a level of 100 steps: that of a median, 1.2533 σ / √n, with a robust σ."""
-        return 1.2533 * self.losses.tail.spread / math.sqrt(LEVEL_BLOCKS * BLOCK) if len(self.losses) else 0.0
+        """Standard error of a level of 100 steps."""
+        return self.losses.tail.error / math.sqrt(LEVEL_BLOCKS * BLOCK) if len(self.losses) else 0.0
 
     def to_state(self) -> dict[str, Any]:
         warmup = self.warmup

@@ -11,7 +11,7 @@ from gradwatch.collect.model import Finding
 from gradwatch.detect.curve import BLOCK
 from gradwatch.detect.curves import Moment
 from gradwatch.detect.detector import budget
-from gradwatch.detect.loss import PROGRESS, SURE
+from gradwatch.detect.loss import PROGRESS
 
 _RECENT: Final = 30
 
@@ -31,7 +31,7 @@ class LearningRateTooHigh:
       loss, after an update of more than 10 % of the weights' norm;
     - **worse for good**, behind 100 and up to 300 steps, only where the rate rose
       later: the median of the last 50 losses above the baseline by 10 % of its
-      size and by 6 standard errors;
+      size and by 5 standard errors;
     - **too large a step**: the first two sampled updates of the run each more
       than 20 % of the weights' norm (where all weights began at zero there is no
       such ratio).
@@ -62,6 +62,7 @@ class LearningRateTooHigh:
     MOVED_MUCH: Final = 0.2
     RISE: Final = 2.0
     LASTING: Final = 0.1
+    SURE: Final = 5.0
 
     def __init__(self) -> None:
         #: Where the present height of the rate began: steps since, Unix time, loss before, whether the run began there.
@@ -134,7 +135,7 @@ class LearningRateTooHigh:
         # The uncertainty is that of 100 steps; the levels are of 50 and of 100.
         error = now.past.uncertainty * math.sqrt(2 + 1)
         rise = float(np.median(self._losses)) - base
-        return rise > max(self.LASTING * abs(base), SURE * error)
+        return rise > max(self.LASTING * abs(base), self.SURE * error)
 
     def _raise(self, now: Moment, why: str, told: dict[str, Any]) -> list[Finding]:
         rate = now.block.rate
