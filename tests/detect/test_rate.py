@@ -167,7 +167,7 @@ def test_a_rise_that_leaves_the_loss_somewhat_worse_for_good(
 
     found = codes(same_however_cut(tmp_path, rise, too_high), CODE)
     assert len(found) == expected
-    assert all(step == 599 for _, _, step in found)
+    assert all(599 <= step <= 629 for _, _, step in found)
 
 
 def test_a_warm_restart_and_a_new_attempt_are_no_rise(tmp_path: Path) -> None:
