@@ -8,10 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from gradwatch.collect.model import Finding
-from gradwatch.detect.curve import BLOCK
+from gradwatch.detect.curve import BLOCK, error_of_median
 from gradwatch.detect.curves import Moment
 from gradwatch.detect.detector import budget
 from gradwatch.detect.loss import PROGRESS
+from gradwatch.detect.past import LEVEL_BLOCKS
 
 _RECENT: Final = 30
 
@@ -132,8 +133,8 @@ class LearningRateTooHigh:
         """Whether a rate that rose at once left the loss worse for good, beyond the noise of two medians."""
         if self._first or self._steps < self.BEHIND or len(self._losses) < 5 * BLOCK:
             return False
-        # The uncertainty is that of 100 steps; the levels are of 50 and of 100.
-        error = now.past.uncertainty * math.sqrt(2 + 1)
+        # The noise is that of the losses since: those before are of another level.
+        error = error_of_median(np.array(self._losses)) * math.sqrt(1 + 5 / LEVEL_BLOCKS)
         rise = float(np.median(self._losses)) - base
         return rise > max(self.LASTING * abs(base), self.SURE * error)
 
