@@ -67,7 +67,7 @@ def same_however_cut(root: Path, write: Write, *made: Callable[[], Detector], **
     whole = _tell(root / "whole", write, detectors, lambda sequence: False, dict(builder))
     for seed in range(3):
         chance = random.Random(seed)
-        longest = (3, 40, 400)[seed]
+        longest = (8, 60, 400)[seed]
         at = chance.randint(1, longest)
 
         def cut(sequence: int) -> bool:
