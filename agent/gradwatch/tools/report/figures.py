@@ -338,7 +338,11 @@ def _heatmap(name: str, title: str, caption: str, names: list[str], steps: Any, 
         hovertemplate="%{y}<br>step %{x}: 1e%{z}<extra></extra>",
     )
     left = min(8 + 7 * max(len(names[i]) for i in shown), 260)
-    layout: dict[str, Any] = {"margin": {"l": left, "r": 16, "t": 8, "b": 44}, "height": 90 + 18 * len(shown), "hovermode": "closest"}
+    layout: dict[str, Any] = {
+        "margin": {"l": left, "r": 16, "t": 8, "b": 44},
+        "height": 90 + 18 * len(shown),
+        "hovermode": "closest",
+    }
     figure = _figure([heat], **layout)
     figure.update_yaxes(autorange="reversed", showgrid=False, ticklabelstep=1)
     rest = f" The {LAYERS} largest of {len(names)}." if len(names) > LAYERS else ""
