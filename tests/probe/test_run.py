@@ -6,9 +6,13 @@ import copy
 import math
 import multiprocessing
 import multiprocessing.reduction
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,10 @@ from gradwatch.journal import Events, JournalReader
 
 Watch = Callable[..., gradwatch.Run]
 Read = Callable[[gradwatch.Run], Events]
+
+
+#: Set in the process of a test that needs one which no other test has used.
+FRESH = "GRADWATCH_TEST_FRESH"
 
 
 def mlp() -> nn.Sequential:
@@ -761,7 +769,23 @@ def test_a_watched_model_pickles_as_it_would(watch: Watch) -> None:
         copy.deepcopy(model)
 
 
-def test_forked_workers_leave_the_journal_alone(watch: Watch, read: Read) -> None:
+def test_forked_workers_leave_the_journal_alone() -> None:
+    """In a process of its own: where an earlier test registered an accelerator, autograd refuses to run in a fork."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"{__file__}::test_in_a_fresh_process_forked_workers_leave_the_journal_alone"],
+        env={**os.environ, FRESH: "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.skipif(FRESH not in os.environ, reason="run by the test above, in its own process")
+def test_in_a_fresh_process_forked_workers_leave_the_journal_alone(watch: Watch, read: Read) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     run = watch(model, optimizer)
