@@ -88,6 +88,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, run: gradwatch.Run
             run.log_train(loss=loss, samples=4, accuracy=loss)
             if step % 5 == 4:
                 run.log_validation(loss=loss)
+                here, there = torch.rand(4, 2), torch.rand(4, 2, device=x.device)
+                run.log_validation(probabilities=there, targets=here[:, 0])
+                run.log_validation(probabilities=here, targets=there[:, 0])
 
 
 def test_no_operation_of_the_probe_waits(watch: Watch, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradwatch.probe.lane import on_host
+
 #: Bins of equal width, as in the source.
 BINS = 15
 
@@ -21,14 +23,17 @@ def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int
         bins: number of bins of equal width.
 
     Returns:
-        A float32 scalar on the device of ``probabilities``; nothing is synchronised. NaN of no samples.
+        A float32 scalar; nothing is synchronised: where one of the two is on the host, it goes to the other's
+        device, and the result is there. NaN of no samples.
 
     Raises:
         ValueError: for shapes that do not fit.
 
     Source: Guo et al. (2017), *On Calibration of Modern Neural Networks*, equation 3.
     """
-    probabilities, targets = probabilities.detach().float(), targets.detach().to(probabilities.device)
+    # Never from a device to the host, which would wait for it.
+    device = targets.device if on_host(probabilities) else probabilities.device
+    probabilities, targets = probabilities.detach().to(device).float(), targets.detach().to(device)
     if probabilities.ndim == 1:
         probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
     if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1]:
