@@ -342,6 +342,23 @@ def test_a_detector_that_fails_takes_nobody_along(tmp_path: Path, caplog: pytest
     assert caplog.text.count("detector-failed") == 1
 
 
+def test_what_is_damaged_hides_nothing_of_what_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = []
+    for run, rank in (("a", 0), ("a", 1), ("b", 0)):
+        with JournalBuilder(tmp_path, run=run, rank=rank, world_size=2) as journal:
+            journal.step(grad_norm=math.inf)
+        damaged.append(journal.directory / "manifest.json")
+    damaged[1].write_text("{")
+    assert [(f.run, f.rank) for f in replay(tmp_path / "a")] == [("a", 0)]
+    assert "left out: " in caplog.text
+    assert "rank-1/attempt-0/manifest.json: not valid JSON" in caplog.text
+    damaged[2].write_text("{")
+    assert [(f.run, f.rank) for f in replay(tmp_path)] == [("a", 0)]
+    damaged[0].write_text("{")
+    with pytest.raises(JournalError, match="not valid JSON"):
+        replay(tmp_path)
+
+
 def test_replay_reads_a_root_a_run_a_rank_and_an_attempt(tmp_path: Path) -> None:
     for run in ("a", "b"):
         with JournalBuilder(tmp_path, run=run) as journal:

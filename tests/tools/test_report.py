@@ -202,6 +202,15 @@ def test_a_page_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.Ca
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_a_damaged_rank_does_not_cost_the_report(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        with JournalBuilder(tmp_path, rank=rank, world_size=2) as journal:
+            for _ in range(30):
+                journal.step(loss=1.0)
+    (journal.directory / "manifest.json").write_text("{")
+    assert said(read(find(str(tmp_path)).places), tmp_path)[0] == ("good", "The run finished after 30 steps.")
+
+
 def test_nothing_to_report_on_is_an_error() -> None:
     with pytest.raises(JournalError):
         read([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Final
 
 from gradwatch.collect.model import Finding, Validation
@@ -16,7 +17,7 @@ AT_REST: Final = 0.05
 _KEPT: Final = 6
 
 
-class _BothLosses:
+class _BothLosses(ABC):
     """Watches pairs of training and validation loss, slice by slice; tells what holds three times in a row."""
 
     code = ""
@@ -65,9 +66,9 @@ class _BothLosses:
             return [found(self.code, seen, message=message, active=False, **at)]
         return []
 
+    @abstractmethod
     def _holds(self, seen: Observation, pairs: list[tuple[float, float]]) -> str:
         """What is the matter, in words; "" where nothing is."""
-        raise NotImplementedError
 
     def to_state(self) -> dict[str, Any]:
         return {"pairs": self._pairs, "counts": self._counts}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from gradwatch.collect.model import Finding
-from gradwatch.collect.run import RunTail
+from gradwatch.collect.through import read_through, tail_of
 from gradwatch.detect.ledger import Ledger
 from gradwatch.journal import JournalError, find_attempts
 from gradwatch.journal.layout import MANIFEST, Place
 
-#: Polls without news after which a journal that is still written is left as it is.
-_QUIET: int = 3
+_log = logging.getLogger("gradwatch")
 
 
 def replay(path: Path) -> list[Finding]:
@@ -22,38 +21,30 @@ def replay(path: Path) -> list[Finding]:
     ``path`` is a root of journals, a run, a rank or one attempt. What a run
     says depends on its journal alone, so this is what an agent would have
     said, as far as the rings reach back. Findings that were resolved meanwhile
-    have ``active=False``. Raises ``JournalError`` where there is no journal.
+    have ``active=False``. A rank or a run that cannot be read is left out with a warning.
+    Raises ``JournalError`` where there is no journal, or none that can be read.
     """
     places = list(_places(path))
     if not places:
         raise JournalError(f"{path}: no journal of gradwatch here")
-    runs: dict[str, RunTail] = {}
+    runs: dict[str, list[Place]] = {}
     for place in places:
-        tail = runs.get(place.run)
-        if tail is None:
-            tail = runs[place.run] = RunTail(place.run, monotonic=time.monotonic, wall=time.time)
-        tail.offer(place)
-    findings = []
+        runs.setdefault(place.run, []).append(place)
+    findings: list[Finding] = []
+    unreadable: list[str] = []
     for name in sorted(runs):
-        findings += _findings(runs[name])
-    return findings
-
-
-def _findings(run: RunTail) -> list[Finding]:
-    ledger = Ledger()
-    quiet = 0
-    try:
-        while not run.ended and quiet < _QUIET:
-            seen = run.poll()
-            for observation in seen:
+        ledger = Ledger()
+        try:
+            for observation in read_through(tail_of(runs[name])):
                 ledger.observe(observation)
-            news = any(len(o.rows) or o.events or o.begun or o.closed for o in seen)
-            quiet = 0 if news or run.more else quiet + 1
-            if not seen and run.troubles:
-                raise JournalError("; ".join(run.troubles))
-    finally:
-        run.release()
-    return ledger.all
+        except JournalError as error:
+            unreadable.append(str(error))
+        findings += ledger.all
+    if len(unreadable) == len(runs):
+        raise JournalError("; ".join(unreadable))
+    for trouble in unreadable:
+        _log.warning("left out: %s", trouble)
+    return findings
 
 
 def _places(path: Path) -> Iterable[Place]:

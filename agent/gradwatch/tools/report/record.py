@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -12,13 +11,11 @@ import numpy.typing as npt
 
 from gradwatch.collect.model import RunEnd, RunFacts, Validation
 from gradwatch.collect.rows import F64, I64, REPLAYED, Mask, Rows
-from gradwatch.collect.run import RunTail
+from gradwatch.collect.through import read_through, tail_of
 from gradwatch.journal import JournalError, JournalReader
 from gradwatch.journal.layout import Place
 from gradwatch.journal.manifest import Manifest, Tensor
 
-#: Polls without news after which a journal that is still written is taken as it is.
-_QUIET: Final = 3
 #: Tensors whose curves are kept; of a larger model those with the largest weights.
 MAX_TENSORS: Final = 400
 
@@ -94,7 +91,6 @@ class Record:
     restarts: Sequence[int]
     #: Rows that were overwritten before the report was made.
     missed: int
-    violations: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def main(self) -> Steps:
@@ -106,29 +102,19 @@ def read(places: Sequence[Place]) -> Record:
     """Read the journals of one run. Raises ``JournalError`` where nothing of it can be read."""
     if not places:
         raise JournalError("no journal to report on")
-    tail = RunTail(places[0].run, monotonic=time.monotonic, wall=time.time)
-    for place in sorted(places, key=lambda place: (place.attempt, place.rank)):
-        tail.offer(place)
+    tail = tail_of(places)
+    lead = min(tail.ranks)
     pieces: list[tuple[int, Rows]] = []
     validations: list[Validation] = []
-    quiet = 0
-    try:
-        lead = min(tail.ranks)
-        while not tail.ended and quiet < _QUIET:
-            seen = tail.poll()
-            for observation in seen:
-                if observation.rank != lead:
-                    continue
-                if len(observation.rows):
-                    pieces.append((observation.attempt, observation.rows.take(observation.rows.plausible)))
-                validations += observation.told.validations
-            quiet = 0 if tail.more or any(len(o.rows) or o.events or o.begun or o.closed for o in seen) else quiet + 1
-        facts = tail.fold.facts
-        if facts is None:
-            raise JournalError("; ".join(tail.troubles) or f"{places[0].path}: rank 0 of this run has no journal here")
-        missed = sum(rank.missed for rank in tail.ranks.values())
-    finally:
-        tail.release()
+    for seen in read_through(tail):
+        if seen.rank == lead:
+            if len(seen.rows):
+                pieces.append((seen.attempt, seen.rows.take(seen.rows.plausible)))
+            validations += seen.told.validations
+    facts = tail.fold.facts
+    if facts is None:
+        raise JournalError(f"{places[0].path}: rank 0 of this run has no journal here")
+    missed = sum(rank.missed for rank in tail.ranks.values())
     attempts = [place for place in places if place.rank == lead]
     manifests, tensors = _tensors(sorted(attempts, key=lambda place: place.attempt))
     first = {attempt: int(rows.step[0]) for attempt, rows in reversed(pieces) if len(rows)}
