@@ -21,7 +21,9 @@ from gradwatch.cli.findings import read_findings
 from gradwatch.cli.locate import find
 from gradwatch.journal import JournalError
 from gradwatch.testing import FakeClock, JournalBuilder
-from gradwatch.tools.report.figures import COLUMNS, POINTS, figures
+from gradwatch.tools.report.drawing import POINTS
+from gradwatch.tools.report.figures import figures
+from gradwatch.tools.report.layers import COLUMNS
 from gradwatch.tools.report.page import render
 from gradwatch.tools.report.record import Record, read
 from gradwatch.tools.report.verdict import verdict

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from gradwatch.cli import CommandError
-from gradwatch.cli.locate import Recorded, find
+from gradwatch.cli.locate import DirectoryOption, Recorded, RunArgument, find
 from gradwatch.collect.model import Finding
 from gradwatch.detect.ledger import Ledger
 from gradwatch.detect.replay import replay
@@ -24,18 +24,8 @@ _STYLES: Final = {"page": "bold red", "ticket": "yellow", "info": "cyan"}
 
 
 def command(
-    run: Annotated[
-        str,
-        typer.Argument(help="A run's name or id, an MLflow run id, or a journal directory.", show_default=False),
-    ],
-    directory: Annotated[
-        Path | None,
-        typer.Option(
-            "--dir",
-            help="Where the journals are; by default GRADWATCH_DIR, or where trainings write.",
-            show_default=False,
-        ),
-    ] = None,
+    run: RunArgument,
+    directory: DirectoryOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")] = False,
 ) -> None:
     """Print what was found wrong with a run: what, where, the evidence, and what to do.

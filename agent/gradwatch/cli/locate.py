@@ -7,11 +7,27 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from gradwatch.cli import CommandError
 from gradwatch.journal import JournalError, find_attempts
 from gradwatch.journal.layout import MANIFEST, Place
 from gradwatch.journal.manifest import MAX_BYTES, Manifest, parse
+
+#: What a command that reads one run takes.
+RunArgument = Annotated[
+    str, typer.Argument(help="A run's name or id, an MLflow run id, or a journal directory.", show_default=False)
+]
+DirectoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir",
+        help="Where the journals are; by default GRADWATCH_DIR, or where trainings write.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)

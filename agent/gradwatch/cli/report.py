@@ -12,23 +12,13 @@ import typer
 
 from gradwatch.cli import CommandError
 from gradwatch.cli.findings import read_findings
-from gradwatch.cli.locate import find
+from gradwatch.cli.locate import DirectoryOption, RunArgument, find
 from gradwatch.journal import JournalError
 
 
 def command(
-    run: Annotated[
-        str,
-        typer.Argument(help="A run's name or id, an MLflow run id, or a journal directory.", show_default=False),
-    ],
-    directory: Annotated[
-        Path | None,
-        typer.Option(
-            "--dir",
-            help="Where the journals are; by default GRADWATCH_DIR, or where trainings write.",
-            show_default=False,
-        ),
-    ] = None,
+    run: RunArgument,
+    directory: DirectoryOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The file to write; by default report-RUN.html here.", show_default=False),

@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from gradwatch import __version__
 from gradwatch.collect.model import Finding
-from gradwatch.tools.report.figures import Figure, figures
+from gradwatch.tools.report.drawing import Figure
+from gradwatch.tools.report.figures import figures
 from gradwatch.tools.report.record import Record, flat
 from gradwatch.tools.report.verdict import verdict
 
