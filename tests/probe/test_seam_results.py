@@ -274,6 +274,20 @@ def test_a_single_tensor_is_a_list_of_one() -> None:
     assert seen.clips[0].parameters[0] is watched
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.floats(0, math.inf, width=32) | st.floats(0, 10, width=32),
+    st.floats(0, math.inf) | st.floats(0, 10) | st.sampled_from([1e30, 1e31, 1e38]),
+)
+def test_the_coefficient_is_torchs_for_every_total_and_threshold(total: float, max_norm: float) -> None:
+    bare, watched = plain(), plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip_grads_with_norm_(bare, max_norm, torch.tensor(total))
+        observed(lambda: clip_grads_with_norm_(watched, max_norm, torch.tensor(total)))
+    assert [bits(p.grad) for p in watched] == [bits(p.grad) for p in bare]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e-6, 3e-6])
 def test_the_small_number_that_keeps_the_division_finite_is_torchs(size: float) -> None:
     bare, watched = plain(), plain()

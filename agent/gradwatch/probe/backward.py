@@ -16,8 +16,6 @@ from weakref import ref
 
 from torch import Tensor
 
-from gradwatch.probe.sampling import is_sampled
-
 if TYPE_CHECKING:
     from gradwatch.probe.contract import Contracts
     from gradwatch.probe.optimizer import OptimizerProbe
@@ -110,7 +108,7 @@ class _Hook:
                 probe.searching = False
                 contracts.backward(probe, cleared, asked)
                 attempted.backwards += 1
-                asks = probe.session.scaled or is_sampled(probe.taken)
+                asks = probe.session.scaled or probe.sampled
                 probe.touch.note(parameter if asks else None)
             except Exception as error:
                 hook.aside.failed(error, "observing a backward pass")

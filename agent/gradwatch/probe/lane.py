@@ -33,7 +33,7 @@ class DeviceEvent(Protocol):
 
 def on_host(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 class Lane:

@@ -54,9 +54,10 @@ class OptimizerProbe:
         self._host = self._blank_row()
         self._sampler = Sampler(self)
         self._stepped: set[int] = set()
-        #: Steps taken since the run began here, and backward passes before the last one.
+        #: Steps taken since the run began here.
         self.taken = 0
-        self._backwards = 0
+        #: Whether the step under way is one of those at which more is measured.
+        self.sampled = is_sampled(0)
         self._started = False
         #: Whether more evaluations of a closure follow than the one that is the step's gradient.
         self.frozen = False
@@ -198,7 +199,7 @@ class OptimizerProbe:
             self.measure(optimizer)
         session = self.session
         session.contracts.before_step(self)
-        if is_sampled(self.taken) and len(self._stepped) == 0:
+        if self.sampled and len(self._stepped) == 0:
             if attempted.measured is not None and not clips:
                 session.measured_without_clip(self)
             self._sampler.begin()
@@ -256,17 +257,21 @@ class OptimizerProbe:
         if found_inf is not None and on_host(found_inf) and found_inf.item():
             self.skipped()
             return
-        self.attempted.join_parts()
+        if len(self.optimizers) > 1:
+            self.attempted.join_parts()
+        backwards = self.attempted.backwards
         self._write(0, found_inf)
         session = self.session
-        sample = self._sampler.take()
-        if sample is not None:
-            session.write_sample(self, sample, found_inf)
+        if self.sampled:
+            sample = self._sampler.take()
+            if sample is not None:
+                session.write_sample(self, sample, found_inf)
+            if self.index == 0:
+                session.learned(backwards)
         session.contracts.after_step(self)
         self.step += 1
-        if is_sampled(self.taken) and self.index == 0:
-            session.learned(self._backwards)
         self.taken += 1
+        self.sampled = is_sampled(self.taken)
 
     def skipped(self) -> None:
         """A GradScaler decided to skip this attempted step: a row, but no step."""
@@ -281,20 +286,18 @@ class OptimizerProbe:
         attempted, train = self.attempted, session.train
         if not self._started:  # an attempt without a step calls no hook
             self._start(self.optimizers[0])
-        self._backwards = attempted.backwards
         self.frozen = False
-        if attempted.backwards == 0 and is_sampled(self.taken):
+        if attempted.backwards == 0 and self.sampled:
             session.backward.unseen(self)
         clips = attempted.clips
         self.last_clip = clips[-1] if clips and clips[-1].max_norm < math.inf else None
         host = self._host
         host[1] = attempted.backwards
-        host[3] = train.take_samples(given_up)
+        loss, host[3] = train.take(given_up)
         host[5] = attempted.flags | flags
         host[6] = math.nan
         host[7] = attempted.value_threshold
         plain = self.holds.read_groups(host)
-        loss = train.take_loss(given_up)
         if (
             plain
             and session.scaler_of(self) is None

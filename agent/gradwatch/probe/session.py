@@ -23,7 +23,7 @@ from gradwatch.probe.lane import Lane, Values, gather, on_host
 from gradwatch.probe.norms import l2_norms
 from gradwatch.probe.optimizer import OptimizerProbe
 from gradwatch.probe.recorder import Recorder
-from gradwatch.probe.sampling import Sample, is_sampled
+from gradwatch.probe.sampling import Sample
 from gradwatch.probe.sighting import clip_logged, clip_seen, needs_wide_norms
 from gradwatch.probe.train_log import TrainLog
 
@@ -158,7 +158,7 @@ class Session:
             if not probe.attempted.clips and probe.attempted.measured is None:
                 # The gradient norm is that of the gradients before any clip.
                 probe.measure(probe.optimizers[0], first=True)
-            sampled |= is_sampled(probe.taken)
+            sampled |= probe.sampled
         if not sampled:
             return None
         return [p.grad.detach().clone() for p in event.parameters if p.grad is not None]

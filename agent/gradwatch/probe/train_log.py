@@ -94,24 +94,29 @@ class TrainLog:
         self._held, self._next = self._next, _Mean()
         self._held_samples, self._samples = self._samples, math.nan
 
-    def take_loss(self, given_up: bool = False) -> Number:
-        """The loss for the row that is being written, of what was logged ahead of it."""
-        held, self._held = self._held, None
-        if held is not None and given_up:
-            self._last = held
-            return held.value
+    def take(self, given_up: bool = False) -> tuple[Number, float]:
+        """Loss and samples for the row that is being written, of what was logged ahead of it."""
+        if self._held is not None:
+            return self._take_held(given_up)
         self._mark.set()
-        self._last, self._next = self._next, _Mean()
-        if held is not None:
-            self._last.join(held)
-        return self._last.value
-
-    def take_samples(self, given_up: bool = False) -> float:
-        held, self._held_samples = self._held_samples, math.nan
-        if given_up:
-            return held
+        # The two change places: nothing is made anew at a step.
+        last, self._next = self._next, self._last
+        self._last = last
+        self._next.clear()
         count, self._samples = self._samples, math.nan
-        return count if math.isnan(held) else held if math.isnan(count) else held + count
+        return last.value, count
+
+    def _take_held(self, given_up: bool) -> tuple[Number, float]:
+        held, count, self._held = self._held, self._held_samples, None
+        assert held is not None
+        if given_up:
+            self._last = held
+            return held.value, count
+        loss, samples = self.take()
+        if held.count:
+            self._last.join(held)
+            loss = self._last.value
+        return loss, count if math.isnan(samples) else samples if math.isnan(count) else count + samples
 
     def take_means(self) -> dict[str, Any]:
         """Means of the training metrics since the last validation."""
@@ -132,6 +137,10 @@ class _Mean:
     def add(self, value: Number) -> None:
         self.total = value if self.count == 0 else self.total + value
         self.count += 1
+
+    def clear(self) -> None:
+        self.total = None
+        self.count = 0
 
     def join(self, other: _Mean) -> None:
         if other.count:

@@ -15,7 +15,6 @@ from torch import Tensor
 from gradwatch.probe.contract.report import Report
 from gradwatch.probe.lane import Values, gather, on_host
 from gradwatch.probe.norms import is_sharded, local
-from gradwatch.probe.sampling import is_sampled
 
 if TYPE_CHECKING:
     from gradwatch.probe.attempted import Clip
@@ -50,7 +49,7 @@ class ClipChecks:
         if len(clips) == 1 and clips[0].plain and clips[0].backwards == attempted.backwards:
             # The common loop: one clip of everything, behind the last backward pass.
             self._clip_seen = self._former_clipped = True
-            if is_sampled(probe.taken):
+            if probe.sampled:
                 self._check_effect(probe, clips)
             return
         bounded = [clip for clip in clips if clip.max_norm < math.inf]
@@ -64,7 +63,7 @@ class ClipChecks:
             self._session.event("metadata", values={f"unchecked.clip-norm.{probe.name}": reason})
         judged = self._check_scale(probe, bounded) or self._check_place(probe, bounded)
         self._former_clipped = True
-        if not judged and is_sampled(probe.taken):
+        if not judged and probe.sampled:
             effective = [clip for clip in attempted.effective_clips() if clip.max_norm < math.inf]
             self._check_parts(probe, effective)
             self._check_effect(probe, effective)

@@ -60,7 +60,9 @@ class GradientChecks:
     def after_step(self, probe: OptimizerProbe) -> None:
         """The step is done: was there a backward pass before it that began cleared?"""
         cleared, asked = self._cleared, self._asked
-        self._cleared, self._asked = False, []
+        self._cleared = False
+        if asked:
+            self._asked = []
         if probe.taken == 0:
             return  # before the first step there was nothing to clear
         if cleared or not asked:
