@@ -198,6 +198,36 @@ def test_clip_ineffective(watch: Watch, read: Read) -> None:
     assert found["clip-ineffective"]["evidence"]["norm_after_clip"] == pytest.approx(5.0, rel=1e-3)
 
 
+def test_a_clip_long_found_effective_is_trusted_until_the_parameters_change(watch: Watch, read: Read) -> None:
+    """The measurement turns itself off after some 3,000 clean steps; a new group turns it on again."""
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
+    late = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    run = watch(model, optimizer, max_norm=1.0)
+
+    def steps(count: int, effective: bool = True) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for _ in range(count):
+            optimizer.zero_grad()
+            (model(torch.full((1, 3), 9.0)).sum() * 9 + late.sum()).square().backward()
+            before = [p.grad.clone() for p in parameters]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for parameter, grad in zip(parameters, before):
+                parameter.grad = parameter.grad if effective else grad * 100
+            optimizer.step()
+
+    def found() -> bool:
+        assert run.directory is not None
+        return "clip-ineffective" in (run.directory / "events.jsonl").read_text()
+
+    steps(3_000)
+    steps(200, effective=False)
+    assert not found()
+    optimizer.add_param_group({"params": [late]})
+    steps(101, effective=False)
+    assert found()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_honest_low_precision_clips_are_effective(watch: Watch, read: Read, dtype: torch.dtype) -> None:
     model = mlp().to(dtype)

@@ -98,6 +98,7 @@ class OptimizerProbe:
         if self.holds.changed(optimizer):
             self.session.group_added(self)
             self.holds.refresh()
+            self.session.contracts.regrouped(self)
             self._host = self._blank_row()
 
     def _blank_row(self) -> list[float]:

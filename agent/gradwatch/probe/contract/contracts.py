@@ -53,6 +53,10 @@ class Contracts:
         """Gradients were cleared without a step: the next backward pass begins a new attempt."""
         self._schedules[probe.index].restart()
 
+    def regrouped(self, probe: OptimizerProbe) -> None:
+        """The optimizer's parameters or groups are others now."""
+        self._clips[probe.index].regrouped()
+
     def before_step(self, probe: OptimizerProbe) -> None:
         """Gradients are as the optimizer will use them."""
         index = probe.index
