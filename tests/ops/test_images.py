@@ -34,7 +34,7 @@ def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_a_file_for_each_image() -> None:
-    assert set(FILES) == {"agent", "bridge", "mlflow"}
+    assert set(FILES) == {"agent", "bridge", "demo", "mlflow"}
 
 
 @EVERY
@@ -56,6 +56,7 @@ def test_the_image_runs_as_the_manifests_say(name: str) -> None:
     said = dict(instructions(FILES[name]))
     assert said["USER"] == "10001:10001"
     entry = {"agent": '["gradwatch", "agent"]', "bridge": '["gradwatch", "bridge"]', "mlflow": '["mlflow"]'}
+    entry["demo"] = '["python", "-m", "gradwatch.demo.train"]'
     assert said["ENTRYPOINT"] == entry[name]
 
 
