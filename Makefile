@@ -1,5 +1,5 @@
 # What one does with this project. Each target first sets up what it needs: a virtual environment in
-# .venv, and Prometheus, Alertmanager, PostgreSQL and Chromium where apt can bring them. Needs: make, Python >= 3.11.
+# .venv, and Prometheus, Alertmanager, PostgreSQL, Chromium and npm where apt can bring them. Needs: make, Python >= 3.11.
 
 VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
@@ -11,10 +11,16 @@ CAPABLE := import sys, venv, ensurepip; sys.version_info >= (3, 11) or sys.exit(
 PYTHON  ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 /usr/bin/python3,$(shell $(p) -c '$(CAPABLE)' 2>/dev/null)))
 
 # What Debian calls the programs that are not Python packages.
-SERVICES := prometheus prometheus-alertmanager postgresql chromium chromium-driver
+SERVICES := prometheus prometheus-alertmanager postgresql chromium chromium-driver npm
+
+# Checks of manifests. checkov pins half a hundred packages otherwise than ours do: it has an environment of its own.
+CHECKOV              := .venv-checkov
+CHECKOV_READY        := $(CHECKOV)/.ready
+OPERATOR_KINDS       := tests/ops/operator_kinds
+OPERATOR_KINDS_READY := $(OPERATOR_KINDS)/node_modules/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services demo test chaos verify bench generate clean
+.PHONY: help setup services checkers demo test chaos verify bench generate clean
 
 help:
 	@echo 'make demo      train a small LSTM with everything on, one minute, in this terminal'
@@ -23,6 +29,7 @@ help:
 	@echo 'make verify    format, lint, types, import direction, generated files up to date'
 	@echo 'make generate  write the generated files anew'
 	@echo 'make bench     what the probe and the agent cost on this machine'
+	@echo 'make checkers  only what looks over manifests: checkov, and schemas of prometheus-operator'
 	@echo 'make setup     only the environment, in $(VENV)'
 	@echo 'make clean     remove the environment and what the tools left behind'
 
@@ -41,17 +48,33 @@ $(READY): pyproject.toml constraints.txt
 
 # RUNLEVEL=1 keeps Debian from starting the daemons: tests start their own, on loopback.
 services:
-	@if { command -v prometheus && command -v promtool && command -v prometheus-alertmanager && command -v amtool && command -v chromium && command -v chromedriver && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1; then :; \
+	@if { command -v prometheus && command -v promtool && command -v prometheus-alertmanager && command -v amtool && command -v chromium && command -v chromedriver && command -v npm && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && [ -e /etc/debian_version ] && command -v apt-get >/dev/null; then \
 	  echo 'installing $(SERVICES) by apt'; \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SERVICES); } >/dev/null \
 	    || echo 'apt could not install $(SERVICES): the tests that need them will say so' >&2; \
 	else echo 'not installed: some of $(SERVICES); the tests that need them are skipped'; fi
 
+checkers: $(CHECKOV_READY) $(OPERATOR_KINDS_READY)
+
+$(CHECKOV_READY): tests/ops/checkov-requirements.txt
+	@echo 'setting up $(CHECKOV), to look over manifests'
+	@test -x $(CHECKOV)/bin/python || $(PYTHON) -m venv $(CHECKOV)
+	@$(CHECKOV)/bin/python -m pip install --quiet -r $< && touch $@ \
+	  || echo 'pip could not install checkov: the test that needs it will say so' >&2
+
+# Types of prometheus-operator's kinds, published for JavaScript; the versions are those of package-lock.json.
+$(OPERATOR_KINDS_READY): $(OPERATOR_KINDS)/package.json $(OPERATOR_KINDS)/package-lock.json
+	@if command -v npm >/dev/null; then \
+	  echo "setting up $(OPERATOR_KINDS), to look over monitors and rules"; \
+	  cd $(OPERATOR_KINDS) && npm ci --silent && touch node_modules/.ready \
+	    || echo 'npm could not install the schemas of prometheus-operator: the tests that need them will say so' >&2; \
+	else echo 'not installed: npm; the tests of the kinds of prometheus-operator are skipped'; fi
+
 demo: $(READY)
 	@$(BIN)/gradwatch demo
 
-test: $(READY) services
+test: $(READY) services checkers
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 chaos: $(READY)
@@ -67,4 +90,4 @@ bench: $(READY)
 	@set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache gradwatch-demo
+	rm -rf $(VENV) $(CHECKOV) $(OPERATOR_KINDS)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache gradwatch-demo

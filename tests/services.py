@@ -34,6 +34,7 @@ _PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
+    "node": "nodejs",
 }
 
 T = TypeVar("T")
