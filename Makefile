@@ -5,8 +5,6 @@ VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
-# A scanner of manifests that fights with our own packages over versions: it has an environment of its own.
-CHECKOV := .venv-checkov/bin/checkov
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=...` chooses another.
 CAPABLE := import sys, venv, ensurepip; sys.version_info >= (3, 11) or sys.exit(1); print(sys.executable)
