@@ -73,7 +73,8 @@ def test_imports_point_one_way() -> None:
 
 
 def test_the_layout_is_that_of_the_architecture() -> None:
-    named = re.findall(r"^ {4}([\w./]+)", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    [layout] = re.findall(r"^## Layout\n+```text\n(.*?)^```", (ROOT / "docs/architecture.md").read_text(), re.M | re.S)
+    named = re.findall(r"^([\w./]+)", layout, flags=re.MULTILINE)
     assert len(named) > 15
     assert [name for name in named if not (ROOT / name).exists()] == []
     packages = {path.parent.name for path in (ROOT / "agent/gradwatch").glob("*/__init__.py")}
