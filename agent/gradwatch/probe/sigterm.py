@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,8 @@ class SigtermWatch:
             if first is not None:
                 os.link(first, path)
         self._files[key] = path, os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0)
+        if path.parent.stat().st_mode & stat.S_ISGID:  # shared with the agent's user, as all of the journal then is
+            os.fchmod(self._files[key][1].fileno(), 0o640)
         if self._registered is None:
             self._register(key)
 
