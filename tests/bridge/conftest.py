@@ -79,16 +79,23 @@ class Postgres:
             [str(self._bin / "initdb"), "-D", data, "-U", "gradwatch", "--auth=trust", "--no-sync", "-E", "UTF8"],
             check=True, capture_output=True, cwd="/", timeout=60, **self._user,
         )  # fmt: skip
+        self.resume()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def resume(self) -> None:
+        """Start, or start again, under the same port and with the same data."""
         options = ["-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-c", "fsync=off"]
         self._handle = subprocess.Popen(
-            [str(self._bin / "postgres"), "-D", data, *options],
+            [str(self._bin / "postgres"), "-D", str(self._directory / "data"), *options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True, **self._user,
         )  # fmt: skip
         ready = [str(self._bin / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-q"]
         eventually(lambda: subprocess.run(ready, timeout=10).returncode == 0, "PostgreSQL answers", 30)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.send_signal(2)  # fast shutdown
@@ -116,7 +123,7 @@ def _postgres_programs() -> Path:
 @pytest.fixture(scope="session")
 def postgres_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     directory = Path(tmp_path_factory.mktemp("postgres"))
-    # Below pytest's own directory, which is closed to the user that PostgreSQL runs as.
+    # Not below pytest's own directory, which is closed to the user that PostgreSQL runs as.
     place = Path(f"/tmp/gradwatch-postgres-{uuid.uuid4().hex[:8]}")
     try:
         with Postgres(place) as postgres, PostgresMlflow(directory / "mlflow", postgres.uri) as server:
@@ -131,6 +138,30 @@ def mlflow_store(request: pytest.FixtureRequest) -> MlflowServer:
     name = {"sqlite": "mlflow_server", "postgresql": "postgres_mlflow"}[request.param]
     server: MlflowServer = request.getfixturevalue(name)
     return server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of this test alone, which may be stopped."""
+    # Not below pytest's own directory, which is closed to the user that PostgreSQL runs as.
+    place = Path(f"/tmp/gradwatch-postgres-{uuid.uuid4().hex[:8]}")
+    try:
+        with Postgres(place) as postgres:
+            yield postgres
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def own_mlflow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resumable]:
+    """An MLflow of this test alone, which may be stopped; over each kind of database."""
+    if request.param == "sqlite":
+        with SqliteMlflow(tmp_path / "mlflow") as server:
+            yield server
+    else:
+        postgres: Postgres = request.getfixturevalue("own_postgres")
+        with PostgresMlflow(tmp_path / "mlflow", postgres.uri) as server:
+            yield server
 
 
 class World:

@@ -54,8 +54,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(sqlite_world: World) -> Scene:
-    return Scene(sqlite_world)
+def scene(world: World) -> Scene:
+    return Scene(world)
 
 
 def test_a_ghost_is_announced_then_closed_with_who_and_why(scene: Scene) -> None:

@@ -13,8 +13,18 @@ from typing import Any
 
 import pytest
 
-from tests.bridge.conftest import TOKEN, BridgeProcess, Resumable, ResumableBridge, SqliteMlflow, World, alert, post
-from tests.services import Alertmanager, Server, eventually, free_port
+from tests.bridge.conftest import (
+    TOKEN,
+    BridgeProcess,
+    Postgres,
+    PostgresMlflow,
+    Resumable,
+    ResumableBridge,
+    World,
+    alert,
+    post,
+)  # fmt: skip
+from tests.services import Alertmanager, Server, eventually, fetch, free_port
 
 pytestmark = pytest.mark.services
 
@@ -72,68 +82,91 @@ def stands(world: World, run_id: str, start: str, name: str = "GradwatchNonFinit
     return lambda: world.alerts_of(run_id).get(name, "").startswith(start)
 
 
-def test_alerts_arrive_through_outages_of_mlflow_of_the_bridge_and_of_alertmanager(tmp_path: Path) -> None:
-    with SqliteMlflow(tmp_path / "mlflow") as mlflow:
-        world = World(mlflow.url)
-        runs = {name: world.add_run(name) for name in ("calm", "outage", "restart", "short", "after")}
-        # The bridge wants to know Alertmanager's address and the other way round.
-        port = free_port()
-        with ResumableBridge(tmp_path / "bridge", mlflow.url, "--alertmanager", f"http://127.0.0.1:{port}") as bridge:
-            eventually(bridge.is_ready, "the bridge has read MLflow", 60)
-            alertmanager = ResumableAlertmanager(tmp_path / "alertmanager", config(bridge.url))
-            alertmanager.url = f"http://127.0.0.1:{port}"
+def test_alerts_arrive_through_outages_of_mlflow_of_the_bridge_and_of_alertmanager(
+    tmp_path: Path, own_mlflow: Resumable
+) -> None:
+    world = World(own_mlflow.url)
+    runs = {name: world.add_run(name) for name in ("calm", "outage", "restart", "short", "after")}
+    # The bridge wants to know Alertmanager's address and the other way round.
+    port = free_port()
+    with ResumableBridge(tmp_path / "bridge", own_mlflow.url, "--alertmanager", f"http://127.0.0.1:{port}") as bridge:
+        eventually(bridge.is_ready, "the bridge has read MLflow", 60)
+        alertmanager = ResumableAlertmanager(tmp_path / "alertmanager", config(bridge.url))
+        alertmanager.url = f"http://127.0.0.1:{port}"
+        alertmanager.resume()
+        try:
+            raise_alert(alertmanager, "calm")
+            eventually(stands(world, runs["calm"], "firing"), "it fires in MLflow")
+            raise_alert(alertmanager, "calm", over=True)
+            eventually(stands(world, runs["calm"], "resolved"), "it is resolved in MLflow")
+
+            # MLflow is away: 503, in words, and the alert arrives afterwards.
+            own_mlflow.stop()
+            eventually(lambda: not bridge.is_ready(), "the bridge says that it is not ready", 60)
+            status, answer = send(bridge.webhook, post(alert("outage")), TOKEN)
+            assert status == 503
+            assert answer["error"]
+            raise_alert(alertmanager, "outage")
+            # This one fires and is over within the outage: nobody keeps it, and nothing claims otherwise.
+            raise_alert(alertmanager, "short")
+            raise_alert(alertmanager, "short", over=True)
+            assert send(bridge.webhook, post(alert("outage")), TOKEN)[0] == 503
+            own_mlflow.resume()
+            eventually(stands(world, runs["outage"], "firing"), "the alert of the outage stands in MLflow", 90)
+            assert not stands(world, runs["short"], "firing")()
+
+            # The bridge is away: Alertmanager keeps what it could not tell.
+            bridge.stop()
+            raise_alert(alertmanager, "restart")
+            bridge.resume()
+            eventually(stands(world, runs["restart"], "firing"), "the alert of the restart stands in MLflow", 90)
+
+            # Alertmanager is away: the bridge lives on, and takes what comes afterwards.
+            alertmanager.stop()
+            eventually(bridge.is_ready, "the bridge is ready without Alertmanager")
             alertmanager.resume()
-            try:
-                raise_alert(alertmanager, "calm")
-                eventually(stands(world, runs["calm"], "firing"), "it fires in MLflow")
-                raise_alert(alertmanager, "calm", over=True)
-                eventually(stands(world, runs["calm"], "resolved"), "it is resolved in MLflow")
-
-                # MLflow is away: 503, in words, and the alert arrives afterwards.
-                mlflow.stop()
-                eventually(lambda: not bridge.is_ready(), "the bridge says that it is not ready", 60)
-                status, answer = send(bridge.webhook, post(alert("outage")), TOKEN)
-                assert status == 503
-                assert answer["error"]
-                raise_alert(alertmanager, "outage")
-                # This one fires and is over within the outage: nobody keeps it, and nothing claims otherwise.
-                raise_alert(alertmanager, "short")
-                raise_alert(alertmanager, "short", over=True)
-                assert send(bridge.webhook, post(alert("outage")), TOKEN)[0] == 503
-                mlflow.resume()
-                eventually(stands(world, runs["outage"], "firing"), "the alert of the outage stands in MLflow", 90)
-                assert not stands(world, runs["short"], "firing")()
-
-                # The bridge is away: Alertmanager keeps what it could not tell.
-                bridge.stop()
-                raise_alert(alertmanager, "restart")
-                bridge.resume()
-                eventually(stands(world, runs["restart"], "firing"), "the alert of the restart stands in MLflow", 90)
-
-                # Alertmanager is away: the bridge lives on, and takes what comes afterwards.
-                alertmanager.stop()
-                eventually(bridge.is_ready, "the bridge is ready without Alertmanager")
-                alertmanager.resume()
-                raise_alert(alertmanager, "after")
-                eventually(stands(world, runs["after"], "firing"), "a new alert stands in MLflow", 60)
-                raise_alert(alertmanager, "after", over=True)
-                eventually(stands(world, runs["after"], "resolved"), "its end stands in MLflow", 60)
-            finally:
-                alertmanager.stop()
+            raise_alert(alertmanager, "after")
+            eventually(stands(world, runs["after"], "firing"), "a new alert stands in MLflow", 60)
+            raise_alert(alertmanager, "after", over=True)
+            eventually(stands(world, runs["after"], "resolved"), "its end stands in MLflow", 60)
+        finally:
+            alertmanager.stop()
 
 
-def test_what_alertmanager_holds_is_written_after_an_outage_without_a_webhook(tmp_path: Path) -> None:
+def test_an_mlflow_whose_database_is_away_is_an_outage_too(tmp_path: Path, own_postgres: Postgres) -> None:
+    """MLflow's own page of health stays green then; the bridge asks for runs."""
+    with PostgresMlflow(tmp_path / "mlflow", own_postgres.uri) as mlflow:
+        world = World(mlflow.url)
+        run_id = world.add_run("behind")
+        with BridgeProcess(tmp_path / "bridge", mlflow.url) as bridge:
+            eventually(bridge.is_ready, "the bridge has read MLflow", 60)
+            own_postgres.stop()
+            eventually(lambda: not bridge.is_ready(), "the bridge says that it is not ready", 60)
+            assert fetch(f"{mlflow.url}/health") is not None
+            assert fetch(f"{bridge.url}/healthz") is not None
+            status, answer = send(bridge.webhook, post(alert("behind")), TOKEN)
+            assert status == 503
+            assert answer["error"]
+            own_postgres.resume()
+            eventually(bridge.is_ready, "the bridge reads MLflow again", 60)
+            assert send(bridge.webhook, post(alert("behind")), TOKEN)[0] == 200
+            assert stands(world, run_id, "firing", "GradwatchClipRateHigh")()
+
+
+def test_what_alertmanager_holds_is_written_after_an_outage_without_a_webhook(
+    tmp_path: Path, own_mlflow: Resumable
+) -> None:
     """No receiver posts anything: the comparison with ``/api/v2/alerts`` alone brings the alert."""
     silent = {"route": {"receiver": "nobody"}, "receivers": [{"name": "nobody"}]}
-    with SqliteMlflow(tmp_path / "mlflow") as mlflow, Alertmanager(tmp_path / "alertmanager", silent) as alertmanager:
-        world = World(mlflow.url)
+    world = World(own_mlflow.url)
+    with Alertmanager(tmp_path / "alertmanager", silent) as alertmanager:
         run_id = world.add_run("kept")
-        with BridgeProcess(tmp_path / "bridge", mlflow.url, "--alertmanager", alertmanager.url) as bridge:
+        with BridgeProcess(tmp_path / "bridge", own_mlflow.url, "--alertmanager", alertmanager.url) as bridge:
             eventually(bridge.is_ready, "the bridge has read MLflow", 60)
-            mlflow.stop()
+            own_mlflow.stop()
             eventually(lambda: not bridge.is_ready(), "the outage is noticed", 60)
             raise_alert(alertmanager, "kept")
-            mlflow.resume()
+            own_mlflow.resume()
             eventually(stands(world, run_id, "firing"), "the alert stands in MLflow", 60)
 
 
