@@ -345,6 +345,7 @@ def test_a_users_chart_adds_the_sidecar_to_its_job(parent: Path) -> None:
         "GRADWATCH_JOURNAL_MB",
         "JOB_UID",
         "JOBSET_UID",
+        "JOBSET_RESTART_ATTEMPT",
         "NODE_NAME",
     }
     linger, grace = (int(arg.partition("=")[2]) for arg in agent["args"] if arg.startswith(("--linger", "--grace")))

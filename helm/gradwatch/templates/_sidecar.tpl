@@ -104,7 +104,7 @@ journal to its end, tells MLflow, and waits for a last scrape. No probe: one tha
       mountPath: /var/lib/gradwatch
 {{- end -}}
 
-{{/* Items of the trainer's env: where to write, and who the run is. */}}
+{{/* Items of the trainer's env: where to write, and who the run is. What a pod has no label for is empty there. */}}
 {{- define "gradwatch.sidecar.trainerEnv" -}}
 {{- $settings := include "gradwatch.sidecar.settings" . | fromYaml -}}
 - name: GRADWATCH_DIR
@@ -115,6 +115,8 @@ journal to its end, tells MLflow, and waits for a last scrape. No probe: one tha
   valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}
 - name: JOBSET_UID
   valueFrom: {fieldRef: {fieldPath: "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
+- name: JOBSET_RESTART_ATTEMPT
+  valueFrom: {fieldRef: {fieldPath: "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"}}
 - name: NODE_NAME
   valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
 {{- end -}}
