@@ -47,6 +47,9 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
         Command("explain", "what a finding means, how it is decided, what to do about it"),
         Command("report", "one run as one HTML page: verdict, findings, curves, layers, last steps", "report"),
     ),
+    "Gate": (
+        Command("audit", "whether a run or version could be repeated from what was recorded; --all the inventory"),
+    ),
     "Act": (Command("silence", "quiet a model's alerts for a controlled retrain; list and expire silences"),),
 }
 
