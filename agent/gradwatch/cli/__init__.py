@@ -49,6 +49,7 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
     ),
     "Gate": (
         Command("audit", "whether a run or version could be repeated from what was recorded; --all the inventory"),
+        Command("gate", "whether a run may take the champion's place: scores, gap, clip rate, what differs"),
     ),
     "Act": (Command("silence", "quiet a model's alerts for a controlled retrain; list and expire silences"),),
 }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from xml.etree import ElementTree
+
+#: Checks of one target that people are shown: one screen, what failed first.
+_SCREEN: Final = 24
 
 Result = Literal["passed", "failed", "skipped"]
 
@@ -53,10 +56,14 @@ def as_text(judgement: Judgement) -> str:
     for target, checks in judgement.items():
         failed = sum(check.result == "failed" for check in checks)
         lines.append(f"{target}: {f'{failed} of {len(checks)} checks failed' if failed else 'passed'}")
-        for check in sorted(checks, key=lambda check: order[check.result]):
+        advised: set[str] = set()
+        for check in sorted(checks, key=lambda check: order[check.result])[:_SCREEN]:
             lines.append(f"  {marks[check.result]} {check.name}: {check.message}")
-            if check.advice:
+            if check.advice and check.advice not in advised:
                 lines.append(f"       {check.advice}")
+                advised.add(check.advice)
+        if len(checks) > _SCREEN:
+            lines.append(f"  ... and {len(checks) - _SCREEN} more; --json lists all")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from gradwatch.bridge.records import Facts, facts_of, hyperparameters, missing_m
 from gradwatch.bridge.versions import COSTS
 from gradwatch.catalog import FINDING
 from gradwatch.collect.model import Finding
-from gradwatch.sinks.mlflow.entities import METRIC_PREFIX, PREFIX
+from gradwatch.sinks.mlflow.entities import METRIC_PREFIX, PREFIX, parameters, validation_rows
 from gradwatch.sinks.mlflow.tracking import TrackingError
 from gradwatch.tools.report.record import Record
 
@@ -90,7 +90,8 @@ class Evidence:
 
 def of_journal(target: str, record: Record, findings: Sequence[Finding]) -> Evidence:
     """What the journals of a run hold, as far as their rings reach back."""
-    params = {name: str(value) for name, value in record.facts.hyperparameters.items()}
+    # Names as they stand in MLflow, so that a journal compares with what was uploaded of another.
+    params = {k.removeprefix(PREFIX): v for k, v in parameters(record.facts.hyperparameters).items()}
     steps = [steps for steps in record.optimizers.values() if len(steps)]
     count = sum(len(s) for s in steps)
     clips = any(bool(np.isfinite(s.threshold).any()) for s in steps)
@@ -99,9 +100,10 @@ def of_journal(target: str, record: Record, findings: Sequence[Finding]) -> Evid
     scores: dict[Where, float] = {}
     gaps: dict[Where, float] = {}
     for validation in record.validations:
-        cohort = "" if validation.slice == "all" else validation.slice
-        scores |= {(name, cohort): value for name, value in validation.metrics.items()}
-        gaps |= {(name, cohort): value for name, value in validation.gaps.items()}
+        rows = validation_rows(validation)
+        told = {k.removeprefix(METRIC_PREFIX): v for k, v in zip(rows.keys, rows.values, strict=True)}
+        scores |= _by_slice(told, "validation/")
+        gaps |= _by_slice(told, "generalization_gap/")
     numbers, words = hyperparameters(params)
     return Evidence(
         target=target,
