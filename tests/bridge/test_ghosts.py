@@ -10,7 +10,8 @@ import pytest
 
 from gradwatch.bridge.ghosts import NOTICE_SECONDS, REAP_SECONDS, Mode, Reachable, Reaper, live_series
 from gradwatch.bridge.history import History
-from gradwatch.bridge.records import record_of
+from gradwatch.bridge.records import RunRecord, record_of
+from tests.agent.processes import agent, writer, written
 from tests.bridge.conftest import BridgeProcess, World
 from tests.services import Prometheus, eventually
 
@@ -135,6 +136,52 @@ def test_a_returning_agent_opens_its_run_again_or_ends_it_truly(scene: Scene, to
     scene.world.client.set_terminated(run_id, "FAILED")
     scene.reaper.reopen([scene.world.experiment])
     assert scene.status(run_id) == "FAILED"
+
+
+@pytest.mark.parametrize("back_in_time", [True, False], ids=["while-it-trains", "when-it-has-ended"])
+def test_the_run_of_a_real_agent_is_opened_again_when_it_returns(
+    sqlite_world: World, tmp_path: Path, back_in_time: bool
+) -> None:
+    """Its node was cut off for two days: the agent was gone, the training was not."""
+    scene, journals, world = Scene(sqlite_world), tmp_path / "journals", sqlite_world
+    journals.mkdir()
+    training = writer(journals, world.model, 40, 400.0, "wait")
+    written(training)
+
+    def runs() -> list[RunRecord]:
+        ids = [each.experiment_id for each in world.client.search_experiments()]
+        found = world.client.search_runs(ids, f"tags.`gradwatch.run` = '{world.model}'")
+        return [record for each in found if (record := record_of(each)).heartbeat]
+
+    def is_back() -> bool:
+        scene.reaper.reopen([world.client.get_run(cut_off.run_id).info.experiment_id])
+        return world.tags(cut_off.run_id)["gradwatch.reaped"].startswith("opened again")
+
+    try:
+        with agent(journals, "--mlflow", world.client.tracking_uri) as process:
+            [cut_off] = eventually(runs, "its heartbeat stands in MLflow")
+            process.kill()
+        scene.clock.now += 2 * DAY
+        for _ in range(2):
+            scene.reaper.look(runs(), scene.reachable)
+            scene.clock.now += NOTICE_SECONDS
+        assert scene.reaper.reaped == 1
+        assert scene.status(cut_off.run_id) == "FAILED"
+        assert not is_back()
+        with agent(journals, "--mlflow", world.client.tracking_uri):
+            if back_in_time:
+                eventually(is_back, "the bridge opens it again")
+                assert scene.status(cut_off.run_id) == "RUNNING"
+            assert training.stdin is not None
+            training.stdin.close()
+            assert training.wait(30) == 0
+            if not back_in_time:
+                eventually(lambda: world.tags(cut_off.run_id)["gradwatch.state"] == "finished", "its end is told")
+                eventually(is_back, "the bridge ends it as it ended")
+            eventually(lambda: scene.status(cut_off.run_id) == "FINISHED", "it is finished in MLflow")
+    finally:
+        training.kill()
+        training.wait(10)
 
 
 @pytest.mark.services
