@@ -50,6 +50,7 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
     "Gate": (
         Command("audit", "whether a run or version could be repeated from what was recorded; --all the inventory"),
         Command("gate", "whether a run may take the champion's place: scores, gap, clip rate, what differs"),
+        Command("register", "a run as a version of a model, with its metadata and what the gates said of it"),
     ),
     "Act": (Command("silence", "quiet a model's alerts for a controlled retrain; list and expire silences"),),
 }
