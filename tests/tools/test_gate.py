@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from gradwatch.cli.audit import evidence
 from gradwatch.tools.gates.checks import as_text, judged
 from gradwatch.tools.gates.evidence import Evidence, Open
 from gradwatch.tools.gates.gate import gate
@@ -186,6 +187,20 @@ def test_real_runs_from_both_sources(
     _, results = ask("gate-worse", "--policy", "policy.yaml", "--declare", "weight_decay")
     assert results["hyperparameter group.default.0.weight_decay"] == "passed"
     assert results["hyperparameter max_norm"] == "failed"
+
+
+@pytest.mark.parametrize("run", ["gate-same", "gate-worse"])
+def test_the_journal_and_mlflow_tell_the_same(gated: Gated, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gated.mlflow)
+    local, remote = evidence(run, gated.journals), evidence(gated.run_id(run))
+    assert dict(local.params) == dict(remote.params)
+    assert local.scores == pytest.approx(remote.scores)
+    assert local.gaps == pytest.approx(remote.gaps)
+    assert local.clip_rate == pytest.approx(remote.clip_rate)
+    assert local.nonfinite_steps == remote.nonfinite_steps == (1 if run == "gate-worse" else 0)
+    assert {f.code for f in local.findings} == {f.code for f in remote.findings}
+    assert local.weight_norm == pytest.approx(remote.weight_norm, nan_ok=True)
+    assert (local.run, local.state, local.missing) == (remote.run, remote.state, remote.missing)
 
 
 def test_a_champion_that_is_not_there_is_said_in_words(
