@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gradwatch.bridge.ghosts import NOTICE_SECONDS, REAP_SECONDS, Mode, Reachable, Reaper, live_series
-from gradwatch.bridge.history import History
 from gradwatch.bridge.records import RunRecord, record_of
+from gradwatch.sinks.mlflow.history import History
 from tests.agent.processes import agent, writer, written
 from tests.bridge.conftest import BridgeProcess, World
 from tests.services import Prometheus, eventually

@@ -6,9 +6,9 @@ import pytest
 
 from gradwatch.bridge import poll as poll_module
 from gradwatch.bridge.exposition import history_page
-from gradwatch.bridge.records import hyperparameters, missing_metadata
 from gradwatch.bridge.service import Bridge
 from gradwatch.catalog import METRICS
+from gradwatch.sinks.mlflow.facts import hyperparameters, missing_metadata
 from tests.bridge.conftest import World, of_model, samples, settings
 
 FULL = {

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from mlflow import MlflowClient
 
-from gradwatch.bridge.records import AUDITED
+from gradwatch.sinks.mlflow.facts import AUDITED
 from gradwatch.tools.gates.audit import audit
 from gradwatch.tools.gates.checks import as_github, judged
 from gradwatch.tools.gates.evidence import Evidence, Open
@@ -54,7 +54,7 @@ def tracked(gated: Gated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ga
 
 
 def evidence(params: dict[str, str], findings: tuple[Open, ...] = ()) -> Evidence:
-    from gradwatch.bridge.records import hyperparameters, missing_metadata
+    from gradwatch.sinks.mlflow.facts import hyperparameters, missing_metadata
 
     numbers, words = hyperparameters(params)
     missing = missing_metadata(params, words | dict.fromkeys(numbers, ""), datasets=False)

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 from gradwatch.bridge.alerts import written
-from gradwatch.bridge.history import History
 from gradwatch.bridge.records import REAPED_HEARTBEAT_TAG, REAPED_TAG, RunRecord, has_ended, record_of
 from gradwatch.catalog import BY_NAME
 from gradwatch.sinks.mlflow.delivery import STATUS_BY
 from gradwatch.sinks.mlflow.entities import PREFIX, tag_text
+from gradwatch.sinks.mlflow.history import History
 
 _log = logging.getLogger("gradwatch.bridge")
 

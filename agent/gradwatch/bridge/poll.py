@@ -22,8 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from gradwatch.bridge.history import History, Page
-from gradwatch.bridge.records import Facts, RunRecord, facts_of, record_of
+from gradwatch.bridge.records import RunRecord, record_of
+from gradwatch.sinks.mlflow.facts import Facts, facts_of
+from gradwatch.sinks.mlflow.history import History, Page
 
 _log = logging.getLogger("gradwatch.bridge")
 

@@ -16,11 +16,11 @@ from gradwatch.bridge.annotations import Annotations
 from gradwatch.bridge.desk import Desk
 from gradwatch.bridge.exposition import BridgeExposition, Counts, history_page
 from gradwatch.bridge.ghosts import Mode, Reachable, Reaper, live_series
-from gradwatch.bridge.history import History
 from gradwatch.bridge.poll import RunsPoll
 from gradwatch.bridge.reconcile import Reconciler, active_alerts
 from gradwatch.bridge.tagging import Result, Tagger
 from gradwatch.bridge.versions import DEFAULT_ALIASES, VersionsPoll
+from gradwatch.sinks.mlflow.history import History
 from gradwatch.sinks.mlflow.tracking import TrackingError
 
 _log = logging.getLogger("gradwatch.bridge")

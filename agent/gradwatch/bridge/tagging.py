@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from gradwatch.bridge.alerts import Alert, Life, life_of, read_tag, write_tag
-from gradwatch.bridge.history import History, quote
 from gradwatch.bridge.poll import RunsPoll
 from gradwatch.bridge.records import RunRecord, record_of
 from gradwatch.bridge.versions import VersionsPoll
+from gradwatch.sinks.mlflow.history import History, quote
 from gradwatch.sinks.mlflow.tracking import Kind, TrackingError
 
 _log = logging.getLogger("gradwatch.bridge")

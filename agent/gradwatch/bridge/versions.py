@@ -14,19 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gradwatch.bridge.history import History, Page, quote
-from gradwatch.bridge.records import MAX_LABEL, Facts, facts_of, number
 from gradwatch.journal.manifest import clean_text
 from gradwatch.sinks.mlflow.entities import PREFIX
+from gradwatch.sinks.mlflow.facts import COSTS, MAX_LABEL, PREVIOUS_TAG, Facts, facts_of, number
+from gradwatch.sinks.mlflow.history import History, Page, quote
 from gradwatch.sinks.mlflow.tracking import RUN_TAG
 
 DEFAULT_ALIASES: Final = ("champion", "production", "prod")
 PREVIOUS: Final = "previous"
-#: What an inference costs: logged by the run as a score or parameter, or given as a tag of the version.
-COSTS: Final = ("model_size_bytes", "latency_p95_seconds", "cost_per_inference")
-#: A model's tags: the relative drop of a score that it tolerates, and the version that was current before.
+#: A model's tag: the relative drop of a score that it tolerates.
 BUDGET_TAG: Final = f"{PREFIX}score_drop_budget"
-PREVIOUS_TAG: Final = f"{PREFIX}previous_version"
 MODEL_TAG: Final = f"{PREFIX}model"
 
 _PAGE: Final = 100

@@ -14,12 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from gradwatch.bridge.history import History
-from gradwatch.bridge.records import Facts, facts_of, hyperparameters, missing_metadata, number
-from gradwatch.bridge.versions import COSTS
 from gradwatch.catalog import FINDING
 from gradwatch.collect.model import Finding
 from gradwatch.sinks.mlflow.entities import METRIC_PREFIX, PREFIX, parameters, validation_rows
+from gradwatch.sinks.mlflow.facts import COSTS, Facts, facts_of, hyperparameters, missing_metadata, number
+from gradwatch.sinks.mlflow.history import History
 from gradwatch.sinks.mlflow.tracking import TrackingError
 from gradwatch.tools.report.record import Record
 

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from gradwatch.bridge.records import AUDITED
-from gradwatch.bridge.versions import COSTS
 from gradwatch.catalog import FINDING
 from gradwatch.collect.validations import is_better_high
+from gradwatch.sinks.mlflow.facts import AUDITED, COSTS
 from gradwatch.tools.gates.checks import Check, judged, skipped
 from gradwatch.tools.gates.evidence import Evidence, Where
 from gradwatch.tools.gates.policy import Policy, limit

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from gradwatch.bridge.records import AUDITED
 from gradwatch.catalog import FINDING
+from gradwatch.sinks.mlflow.facts import AUDITED
 
 #: A limit for every metric (``*``), for one (``accuracy``), or for one on a cohort (``accuracy/tenant-7``).
 Limits = Mapping[str, float]
@@ -35,7 +35,7 @@ class Policy:
     hyperparameters (and ``weight_norm``) that may differ from the champion's.
     """
 
-    #: Metadata that must be recorded, names of :data:`~gradwatch.bridge.records.AUDITED`.
+    #: Metadata that must be recorded, names of :data:`~gradwatch.sinks.mlflow.facts.AUDITED`.
     require: tuple[str, ...] = tuple(AUDITED)
     #: Codes of findings that may be open.
     allow_findings: tuple[str, ...] = ()

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gradwatch.bridge.records import hyperparameters
-from gradwatch.bridge.versions import COSTS, PREVIOUS_TAG
 from gradwatch.sinks.mlflow.entities import PREFIX, cut, safe_key, tag_text
+from gradwatch.sinks.mlflow.facts import COSTS, PREVIOUS_TAG, hyperparameters
 from gradwatch.sinks.mlflow.tracking import Kind, TrackingError
 from gradwatch.tools.gates.checks import Check, passes
 from gradwatch.tools.gates.evidence import Evidence, EvidenceError, Registry

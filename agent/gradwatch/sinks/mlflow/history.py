@@ -1,7 +1,7 @@
-"""What the bridge asks of an MLflow server: pages of runs, models and versions, and tags of versions.
+"""What the bridge and the gates ask of an MLflow server: pages of runs, models and versions, and tags of versions.
 
-The bounded client of the MLflow sink with the questions that only the bridge
-has. Every method is one call, or says how many; all raise ``TrackingError``.
+The bounded client of the MLflow sink with the questions that only they have.
+Every method is one call, or says how many; all raise ``TrackingError``.
 """
 
 from __future__ import annotations
