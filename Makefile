@@ -20,7 +20,7 @@ OPERATOR_KINDS       := tests/ops/operator_kinds
 OPERATOR_KINDS_READY := $(OPERATOR_KINDS)/node_modules/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services checkers demo test chaos verify bench docs generate clean
+.PHONY: help setup services checkers demo test chaos verify bench examples docs generate clean
 
 help:
 	@echo 'make demo      train a small LSTM with everything on, one minute, in this terminal'
@@ -28,6 +28,7 @@ help:
 	@echo 'make chaos     kill trainers and agents, count what is lost, write docs/reliability.md'
 	@echo 'make verify    format, lint, types, import direction, generated files up to date'
 	@echo 'make generate  write the generated files anew'
+	@echo 'make examples  the worked examples in full, into docs/examples; half an hour'
 	@echo 'make docs      the documentation as a site, in site/'
 	@echo 'make bench     what the probe and the agent cost on this machine'
 	@echo 'make checkers  only what looks over manifests: checkov, and schemas of prometheus-operator'
@@ -89,6 +90,9 @@ generate: $(READY)
 
 bench: $(READY)
 	@set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+examples: $(READY)
+	@set -e; for example in examples/*/*.py; do echo "== $$example"; OMP_NUM_THREADS=1 GRADWATCH_AGENT=0 $(BIN)/python "$$example" --write; done
 
 docs: $(READY)
 	@$(BIN)/python -m mkdocs build --strict --site-dir site
