@@ -40,8 +40,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory, mlflow_server: MlflowServer)
     """Two runs: one with everything, one that clips a part and does not say its batch size."""
     gated = Gated(tmp_path_factory.mktemp("gated") / "journals", mlflow_server.url)
     gated.journals.mkdir()
-    gated.train("audit-whole")
-    gated.train("audit-partial", partial=True, config={"batch_size": None})
+    gated.train({"audit-whole": {}, "audit-partial": {"partial": True, "config": {"batch_size": None}}})
     gated.upload()
     return gated
 

@@ -149,9 +149,8 @@ def gated(tmp_path_factory: pytest.TempPathFactory, mlflow_server: MlflowServer)
     """A champion, the same again, and one with a larger decay that is worse for a tenant."""
     gated = Gated(tmp_path_factory.mktemp("gated") / "journals", mlflow_server.url)
     gated.journals.mkdir()
-    gated.train("gate-champion", costs={"model_size_bytes": 1000})
-    gated.train("gate-same")
-    gated.train("gate-worse", decay=0.5, cohort=0.7, max_norm=0.001, nan=True)
+    worse = {"decay": 0.5, "cohort": 0.7, "max_norm": 0.001, "nan": True}
+    gated.train({"gate-champion": {"costs": {"model_size_bytes": 1000}}, "gate-same": {}, "gate-worse": worse})
     gated.upload()
     client = MlflowClient(gated.mlflow, registry_uri=gated.mlflow)
     client.create_registered_model("gated")

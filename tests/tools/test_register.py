@@ -20,10 +20,9 @@ pytestmark = pytest.mark.timeout(300)
 def gated(tmp_path_factory: pytest.TempPathFactory, mlflow_server: MlflowServer) -> Gated:
     gated = Gated(tmp_path_factory.mktemp("gated") / "journals", mlflow_server.url)
     gated.journals.mkdir()
-    gated.train("register-first")
-    gated.train("register-decayed", decay=0.02)
+    gated.train({"register-first": {}, "register-decayed": {"decay": 0.02}})
     gated.upload()
-    gated.train("register-local")
+    gated.train({"register-local": {}})
     return gated
 
 
