@@ -203,6 +203,8 @@ def of_rank(name: str) -> str:
 
 RANK_STEPS_BEHIND = f"max by ({RUN}) ({series('rank_step')}) - on ({RUN}) group_right () {of_rank('rank_step')}"
 RANK_STEP_AGE = f"time() - {of_rank('rank_last_step_timestamp_seconds')}"
+#: Replicas are in these shares already: each adds its part, and agents of several nodes theirs.
+NORM_OVER_NODES = f"sqrt(sum by ({RUN}) ({of_rank('rank_grad_norm_squares')}))"
 RANK_NORM_SPREAD = (
     f"(max by ({RUN}) ({series('rank_grad_norm')}) - min by ({RUN}) ({series('rank_grad_norm')}))"
     f" / max by ({RUN}) ({series('rank_grad_norm')})"

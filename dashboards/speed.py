@@ -53,12 +53,14 @@ def rank_norm() -> timeseries.Panel:
 
 
 def rank_local_norm() -> timeseries.Panel:
-    return _rank(
+    return graph(
         "Local gradient norm by rank",
-        "Norm of the shards that each rank holds. Healthy: alike in size. A rank at 0 holds gradients that never "
-        "arrive.",
-        queries.of_rank("rank_grad_norm_local"),
-        "none",
+        "Norm of the shards that each rank holds, and the global norm that they add up to over all nodes. Healthy: "
+        "ranks alike in size. A rank at 0 holds gradients that never arrive.",
+        Query(queries.named(queries.of_rank("rank_grad_norm_local")), "rank {{rank}} · {{run_name}}"),
+        Query(queries.named(queries.NORM_OVER_NODES), "all ranks · {{run_name}}"),
+        unit="none",
+        links=SERIES_LINKS,
     )
 
 

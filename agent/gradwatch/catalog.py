@@ -126,6 +126,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     _m("rank_step", "gauge", "", "Number of a rank's last step.", scope="rank"),
     _m("rank_grad_norm", "gauge", "", "Pre-clip global gradient norm as this rank computed it.", scope="rank"),
     _m("rank_grad_norm_local", "gauge", "", "L2 norm of the gradient shards that this rank holds.", scope="rank"),
+    _m("rank_grad_norm_squares", "gauge", "", "What this rank adds to the squared global gradient norm: of a sharded model the root of the sum over all ranks is the norm, on however many nodes they are. Absent where every rank holds the whole gradient.", scope="rank"),
     _m("rank_step_duration_seconds", "gauge", "", "Time of this rank's last step.", "seconds", scope="rank"),
     _m("rank_last_step_timestamp_seconds", "gauge", "", "Unix time of this rank's last step.", "seconds", scope="rank"),
     _m("probe_seconds", "counter", "", "Time that the probe spent on the training thread.", "seconds", scope="rank"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwatch.collect.combine import GlobalNorms, weights
+from gradwatch.collect.combine import GlobalNorms, shares, weights
 from gradwatch.journal.manifest import Manifest, Tensor
 from gradwatch.testing import FakeClock, JournalBuilder
 from tests.journals import follow, read_on
@@ -43,6 +43,32 @@ def test_shards_add_up_and_replicas_count_once_on_a_mesh_of_two_by_two() -> None
     assert known is not None
     total = math.sqrt(sum(float(norms[r] ** 2 @ known[r]) for r in range(4)))
     assert total == pytest.approx(float(np.linalg.norm(np.concatenate([whole.ravel(), plain]))), rel=1e-12)
+
+
+def test_what_a_rank_answers_for_can_be_told_from_its_own_manifest() -> None:
+    placements = (
+        dtensor(["replicate", "shard"], [2, 2], [1, 0]), dtensor(["shard"], [4], [1]), dtensor(["replicate"], [4], [1]),
+        {"kind": "flat"}, None,
+    )  # fmt: skip
+    known = {rank: manifest(rank, *placements) for rank in range(4)}
+    share = shares(known[0])
+    assert share is not None
+    assert share.tolist() == [0.5, 1.0, 0.25, 1.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        dtensor(["partial"], [4], [0]),
+        {"kind": "unknown"},
+        dtensor(["shard"], [2], [0]),  # a mesh of a part of the world: what the others hold cannot be told
+        dtensor(["shard", "shard"], [4], [0, 0]),
+        dtensor(["shard"], [-4], [0]),
+        {**dtensor(["shard"], [4], [0]), "mesh": None},
+    ],
+)
+def test_a_mesh_that_does_not_cover_the_world_answers_for_nothing(placement: Any) -> None:
+    assert shares(manifest(0, placement)) is None
 
 
 def test_flat_parameters_are_shards_of_every_rank_and_stages_hold_their_own() -> None:
@@ -93,6 +119,25 @@ def test_a_sharded_run_shows_the_global_norm_and_counts_clips_by_it(tmp_path: Pa
     assert fold.norms.sum == pytest.approx(float(norms.sum()), rel=1e-6)
     assert again.views[1].grad_norm_local == pytest.approx(float(np.linalg.norm(gradients[-1, 4:])), rel=1e-6)
     assert again.views[1].grad_norm is None
+
+
+def test_the_squares_of_ranks_on_several_nodes_add_up_to_the_norm(tmp_path: Path) -> None:
+    """Each node's agent sees its own ranks only: Prometheus adds their series."""
+    gradients = np.random.default_rng(4).normal(size=(30, 8))
+    clock, total = FakeClock(), 0.0
+    for rank in range(2):
+        node = tmp_path / f"node-{rank}"
+        write_rank(node, rank, gradients[:, 4 * rank : 4 * rank + 4], clock).end()
+        run = follow(node, clock=clock)
+        read_on(run, clock)
+        assert run.views[rank].grad_norm is None
+        squares = run.views[rank].grad_norm_squares
+        assert squares is not None
+        total += squares
+        again = follow(node, clock=clock)
+        again.restore(json.loads(json.dumps(run.to_state())))
+        assert again.views[rank].grad_norm_squares == squares
+    assert math.sqrt(total) == pytest.approx(float(np.linalg.norm(gradients[-1])), rel=1e-6)
 
 
 def test_a_missing_rank_gives_no_number(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
     distributed_worker.py MODE STEPS [WATCHERS [FATE]]
 
-MODE: ddp, fsdp2 (one mesh dimension), hsdp (two: replicate × shard), own-norm
-(fsdp2 whose loop gathers the norm by itself and clips by it), local-norm (DDP
-whose loop clips by a norm of its own rank). WATCHERS: all, first (only rank 0 is
+MODE: ddp, no-sync (DDP that accumulates two halves of its batch), fsdp2 (one
+mesh dimension), hsdp (two: replicate × shard), own-norm (fsdp2 whose loop
+gathers the norm by itself and clips by it), local-norm (DDP whose loop clips by
+a norm of its own rank). WATCHERS: all, first (only rank 0 is
 watched), last (only the last rank), or late (ranks but the first are watched
 from step 2 on). FATE: dies (the last rank, killed in front of its third step).
 """
@@ -39,7 +40,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def wrap(net: nn.Sequential, mode: str) -> nn.Module:
-    if mode in ("ddp", "local-norm"):
+    if mode in ("ddp", "no-sync", "local-norm"):
         return nn.parallel.DistributedDataParallel(net)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -72,8 +73,13 @@ def main() -> None:
             assert run.failures == 0, run.last_failure
         optimizer.zero_grad()
         x, y = (part.chunk(world)[rank] for part in batch(step))
+        if isinstance(net, nn.parallel.DistributedDataParallel) and mode == "no-sync":
+            (x, first), (y, second) = x.chunk(2), y.chunk(2)
+            with net.no_sync():
+                (nn.functional.mse_loss(net(x), y) / 2).backward()
+            x, y = first, second
         loss = nn.functional.mse_loss(net(x), y)
-        loss.backward()
+        (loss / 2 if mode == "no-sync" else loss).backward()
         if mode == "local-norm":
             for p in net.parameters():  # what a forgotten all-reduce leaves: gradients of this rank's data
                 assert p.grad is not None

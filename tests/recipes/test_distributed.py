@@ -85,6 +85,18 @@ class Shown:
         return [value for value in self["grad_norm"] if not np.isnan(value)]
 
 
+@pytest.mark.parametrize("world", [2])
+def test_accumulation_without_synchronisation(launch: Callable[..., Job], world: int) -> None:
+    """DDP's `no_sync`: two backward passes a step, the last of which reduces; the norm is that of the whole batch."""
+    job = launch("no-sync", world)
+    whole, each = reference()
+    for _, events in job.journals.values():
+        np.testing.assert_allclose(events.steps["grad_norm"], whole, rtol=1e-5)
+        np.testing.assert_allclose(events.tensors.values, each, rtol=1e-5)
+        np.testing.assert_array_equal(events.steps["backwards"], 2)
+    assert findings(job) == []
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ddp(launch: Callable[..., Job], world: int) -> None:
     job = launch("ddp", world)
@@ -129,6 +141,10 @@ def test_the_agent_shows_the_global_norm_once_and_each_rank_beside_it(
     assert len(local) == 4
     # Two replicas of two shards: the shards' squares add up to the whole, twice.
     assert np.sqrt(sum(np.square(local)) / 2) == pytest.approx(whole[-1], rel=1e-5)
+    # What each rank answers for is without the replicas: agents of several nodes export their part of this sum.
+    squares = shown["rank_grad_norm_squares"]
+    assert len(squares) == 4
+    assert np.sqrt(sum(squares)) == pytest.approx(whole[-1], rel=1e-5)
     assert shown.findings == []
 
 

@@ -8,11 +8,14 @@ ranks that hold the same piece of a tensor),
 
 adds every shard once and every replica once. It holds only where every rank of
 the world has been read, from the same step on: a missing or a late one gives no
-number.
+number. Where ranks are on several nodes, no agent reads them all: each exports
+the inner sum of its ranks, with *w* from the mesh in their manifests, and
+Prometheus adds them up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -81,6 +84,32 @@ def weights(manifests: Mapping[int, Manifest]) -> dict[int, F64] | None:
             pieces[rank].append(key)
             held[key] = held.get(key, 0) + 1
     return {rank: np.array([1.0 / held[key] for key in keys]) for rank, keys in pieces.items()}
+
+
+def shares(manifest: Manifest) -> F64 | None:
+    """The weight *w* of each tensor by one rank's manifest alone; None where its meshes do not cover the whole world.
+
+    The ranks along a replicated dimension of the mesh hold the same piece, and so does the world of a whole tensor.
+    """
+    found = []
+    for tensor in manifest.tensors:
+        if piece_of(tensor) is None:
+            return None
+        placement = tensor.placement
+        if not isinstance(placement, dict):
+            found.append(1.0 / manifest.world_size)
+        elif placement.get("kind") == "flat":
+            found.append(1.0)
+        else:
+            mesh = placement.get("mesh")
+            shape = mesh.get("shape") if isinstance(mesh, dict) else None
+            placed = placement["placements"]
+            if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
+                return None
+            if len(shape) != len(placed) or math.prod(shape) != manifest.world_size:
+                return None
+            found.append(1.0 / math.prod(n for n, how in zip(shape, placed) if how["type"] == "replicate"))
+    return np.array(found)
 
 
 class GlobalNorms:

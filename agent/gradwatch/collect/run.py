@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from gradwatch.collect.combine import GlobalNorms
+from gradwatch.collect.combine import GlobalNorms, shares
 from gradwatch.collect.fold import RunFold, Told
 from gradwatch.collect.life import Motion, sigterm_stack, true_end, untold_end
 from gradwatch.collect.model import RunEnd, RunFacts
-from gradwatch.collect.rows import Rows
+from gradwatch.collect.rows import F64, Rows
 from gradwatch.collect.tail import Polled, RankTail
 from gradwatch.journal import JournalReader, PayloadRows
 from gradwatch.journal.layout import Place
@@ -31,6 +31,8 @@ class RankView:
     step: int | None = None
     grad_norm: float | None = None
     grad_norm_local: float | None = None
+    #: What it adds to the square of the global norm; None where every rank holds the whole of it.
+    grad_norm_squares: float | None = None
     step_duration: float | None = None
     last_time: float | None = None
     probe_seconds: float = 0.0
@@ -96,6 +98,8 @@ class RunTail:
         self._motion = Motion(monotonic, wall)
         self._norms: GlobalNorms | None = None
         self._norms_attempt = -1
+        #: By rank: the attempt whose manifest was looked at, and the weight of each of its tensors.
+        self._shares: dict[int, tuple[int, F64 | None]] = {}
 
     # -- what is there
 
@@ -163,6 +167,8 @@ class RunTail:
         self.views[rank].take(progress.counted, tail.line.newest)
         if self._norms is not None and polled.attempt == self._norms_attempt:
             self._norms.add(rank, polled.tensors)
+        if len(polled.tensors) and (tail.sharded or tail.manifest.world_size == 1):
+            self.views[rank].grad_norm_squares = self._squares(rank, polled)
         told = Told()
         if rank == 0:
             told = self.fold.take(progress, polled.tensors, polled.samples, polled.events)
@@ -188,6 +194,18 @@ class RunTail:
             begun=polled.begun is not None,
             closed=polled.closed,
         )
+
+    def _squares(self, rank: int, polled: Polled) -> float | None:
+        """What the newest row of a rank's shards adds to the square of the global norm."""
+        attempt, share = self._shares.get(rank, (-1, None))
+        if attempt != polled.attempt:
+            manifest = self.ranks[rank].manifest
+            share = None if manifest is None else shares(manifest)
+            self._shares[rank] = polled.attempt, share
+        newest = polled.tensors.values[-1].astype(np.float64)
+        if share is None or len(share) != len(newest):
+            return None
+        return float(np.where(np.isnan(newest), 0.0, newest**2) @ share)
 
     def _note_motion(self, rank: int, polled: Polled) -> None:
         """When the run last gave a sign of life: what is read late must not look as if it were new."""

@@ -329,6 +329,7 @@ def _rank(page: Page, labels: list[str], view: RankView, missed: int) -> None:
     page.put("rank_step", labels, view.step)
     page.put("rank_grad_norm", labels, view.grad_norm)
     page.put("rank_grad_norm_local", labels, view.grad_norm_local)
+    page.put("rank_grad_norm_squares", labels, view.grad_norm_squares)
     page.put("rank_step_duration_seconds", labels, view.step_duration)
     page.put("rank_last_step_timestamp_seconds", labels, view.last_time)
     page.put("probe_seconds", labels, view.probe_seconds)
