@@ -45,6 +45,7 @@ COMMANDS: Final[dict[str, tuple[Command, ...]]] = {
         Command("runs", "the runs in a journal directory: state, step, loss, norm, clip rate"),
         Command("findings", "what was found wrong with a run, with evidence and advice"),
         Command("explain", "what a finding means, how it is decided, what to do about it"),
+        Command("recommend", "a clip threshold and a weight decay for the next run, from this one"),
         Command("report", "one run as one HTML page: verdict, findings, curves, layers, last steps", "report"),
     ),
     "Gate": (

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradwatch.catalog import FINDING, Severity
 from gradwatch.collect.model import Finding
-from gradwatch.collect.rows import Rows
+from gradwatch.collect.rows import F64, Mask, Rows
 from gradwatch.collect.run import Observation
 from gradwatch.detect.detector import budget, found, optimizer_of
 from gradwatch.journal.manifest import Optimizer
@@ -80,6 +80,25 @@ class GradientSpike:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._watched = {int(index): _Optimizer.from_state(inner) for index, inner in state.items()}
+
+
+def outliers(norms: F64) -> Mask:
+    """Which of consecutive norms, finite and above zero, are spikes by the definition; a new regime is none."""
+    past, found_ = _Optimizer(), np.zeros(len(norms), np.bool_)
+    row = 0
+    for index, log in enumerate(np.log(norms).tolist()):
+        if past._is_outlier(log, EXCESSES):
+            found_[index] = True
+            row += 1
+            if row == REGIME:
+                found_[index + 1 - REGIME : index + 1] = False
+                row = 0
+            past._reject(log)
+        else:
+            row = 0
+            past._outliers.clear()
+            past._accept(log)
+    return found_
 
 
 class _Optimizer:
