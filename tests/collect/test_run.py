@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gradwatch.collect.fold import RunFold
 from gradwatch.collect.run import Observation, RunTail
+from gradwatch.journal.layout import Place
 from gradwatch.testing import FakeClock, JournalBuilder
 from tests.journals import follow, offer, read_on
 
@@ -297,3 +299,18 @@ def test_ranks_beside_rank_0_have_series_of_their_own(tmp_path: Path) -> None:
         builder.end()
     read_on(run, clock)
     assert run.ended
+
+
+def test_the_forensics_of_the_first_broken_step_stay_with_the_run(tmp_path: Path) -> None:
+    tail = RunTail("r", monotonic=FakeClock(), wall=FakeClock())
+    with JournalBuilder(tmp_path, run="r") as journal:
+        tail.offer(Place("r", 0, 0, journal.directory))
+        journal.step()
+        journal.event("nonfinite", step=1, tensor="layer2.weight", layer="layer2", norms={"step": [0]})
+        journal.event("nonfinite", step=500, tensor="layer1.weight", layer="layer1", norms={})
+        journal.event("nonfinite", step=1, tensor="x" * 900, norms={"step": [0] * 20_000})
+        tail.poll()
+        assert (tail.fold.nonfinite["step"], tail.fold.nonfinite["layer"]) == (1, "layer2")
+        assert tail.fold.facts is not None
+        again = RunFold.from_state("r", tail.fold.to_state(), 0, tail.fold.facts.manifest)
+        assert again.nonfinite == tail.fold.nonfinite

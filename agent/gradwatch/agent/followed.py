@@ -147,6 +147,7 @@ class Followed:
                 for (metric, slice_), s in fold.validations.last.items()
             ],
             "findings": {f"{code}/{severity}": count for (code, severity), count in sorted(self.ledger.counts.items())},
+            "nonfinite": fold.nonfinite or None,
             "rows_missed": {str(rank): tail.missed for rank, tail in self.tail.ranks.items()},
         }
 

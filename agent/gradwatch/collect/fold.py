@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -26,6 +27,8 @@ MAX_SLOS: Final = 20
 #: Points of the curves on the status page.
 CURVE: Final = 240
 MAX_WAITING: Final = 1_000
+#: Characters of the forensics of a broken step that are kept.
+MAX_FORENSICS: Final = 16_384
 #: The clip rate that a run tolerates where it does not say.
 DEFAULT_CLIP_RATE_BUDGET: Final = 0.1
 
@@ -65,6 +68,8 @@ class RunFold:
         self.slos: dict[str, tuple[int, int]] = {}
         #: (step, mean loss, largest norm) at a bounded number of points over the whole run.
         self.curve: list[tuple[int, float, float]] = []
+        #: What the trainer told of its first step that was not finite; empty where it told nothing.
+        self.nonfinite: dict[str, Any] = {}
         #: Names of the present attempt's optimizers, in the manifest's order.
         self.order: list[str] = []
         self._curve_every = 1
@@ -200,6 +205,8 @@ class RunFold:
             told.facts_changed |= self._mlflow(event)
         elif kind == "slo":
             self._slo(event)
+        elif kind == "nonfinite" and not self.nonfinite and len(json.dumps(event)) <= MAX_FORENSICS:
+            self.nonfinite = {**event, "attempt": self.facts.attempt}
 
     def _validate_up_to(self, rows: Rows, told: Told) -> None:
         """Bring losses and validations into the order in which they were: each compares with the losses before it."""
@@ -276,6 +283,7 @@ class RunFold:
             "final_row": self._final_row,
             "curve": self.curve,
             "curve_every": self._curve_every,
+            "nonfinite": self.nonfinite,
         }
 
     @classmethod
@@ -305,6 +313,7 @@ class RunFold:
         self._waiting, self._final_row = list(state["waiting"]), int(state["final_row"])
         self.curve = [(int(step), float(loss), float(norm)) for step, loss, norm in state["curve"]]
         self._curve_every = max(1, int(state["curve_every"]))
+        self.nonfinite = dict(state.get("nonfinite") or {})
         return self
 
 

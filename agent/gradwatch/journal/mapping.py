@@ -39,6 +39,10 @@ class FixedFile(Protocol):
         """A function that stores values packed by ``layout``; it raises ``OSError`` or it stored all of them."""
         ...
 
+    def get(self, offset: int, size: int) -> bytes:
+        """What stands at an offset. Raises ``OSError``."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -52,6 +56,9 @@ class MappedFile:
     def putter(self, layout: Struct) -> Put:
         # pack_into(buffer, offset, *values) straight into the page: no copy, no slice, no view.
         return partial(layout.pack_into, self._map)
+
+    def get(self, offset: int, size: int) -> bytes:
+        return self._map[offset : offset + size]
 
     def close(self) -> None:
         self._map.close()
@@ -71,6 +78,9 @@ class WrittenFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         return put
+
+    def get(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -48,6 +48,7 @@ class StepRing:
         self.sequence = 0
         first, second = struct.Struct(f"<QQqd{geometry.host}d"), struct.Struct(f"<Q{geometry.device}d")
         self._pack_first, self._pack_second = first.pack, second.pack
+        self._first_layout, self._second_layout = first, second
         # Where the row stands is worked out at each step: looking a property up there would cost more than the crc.
         self._capacity, self._slot_size, self._second = geometry.capacity, geometry.slot_size, geometry.second
         self._put = self._file.putter(struct.Struct(f"<{first.size}sI4x{second.size}sI4x"))
@@ -72,6 +73,15 @@ class StepRing:
             second = self._pack_second(sequence, *device)
             at = HEADER_BYTES + sequence % self._capacity * self._slot_size + self._second
             self._put_second(at, second, _crc32(second))
+
+    def read_back(self, sequence: int) -> tuple[int, tuple[float, ...], tuple[float, ...]] | None:
+        """(step, host columns, device columns) of a row that still stands whole; None of any other."""
+        if not max(0, self.sequence - self._capacity) < sequence <= self.sequence:
+            return None
+        slot = self._file.get(self.geometry.offset(sequence), self._slot_size)
+        first = self._first_layout.unpack_from(slot)
+        second = self._second_layout.unpack_from(slot, self._second)
+        return (first[2], first[4:], second[1:]) if first[0] == second[0] == sequence else None
 
     def disown(self) -> None:
         """In a forked child: store nothing any more, the file is the parent's."""
@@ -112,6 +122,15 @@ class PayloadRing:
         )
         self.sequence = sequence
         return sequence
+
+    def read_back(self, sequence: int) -> tuple[int, npt.NDArray[np.float32]] | None:
+        """(row of ``steps.ring``, values) of a row that still stands; None of any other."""
+        if not max(0, self.sequence - self._capacity) < sequence <= self.sequence:
+            return None
+        slot = self._file.get(self.geometry.offset(sequence), self._slot_size)
+        found, row, _, _ = HEAD.unpack_from(slot)
+        values = np.frombuffer(slot, np.float32, self.geometry.device, self.geometry.second + 8)
+        return (row, values) if found == sequence else None
 
     def disown(self) -> None:
         """In a forked child: store nothing any more, the file is the parent's."""

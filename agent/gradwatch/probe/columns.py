@@ -17,7 +17,11 @@ HOST: Final = (
     "value_threshold",
 )
 DEVICE: Final = ("loss", "grad_norm", "grad_norm_l2", "clip_coefficient", "nonfinite", "loss_scale", "found_inf")
+#: Where some of them stand.
 LOSS: Final = 0
+GRAD_NORM: Final = 1
+NONFINITE: Final = 4
+FOUND_INF: Final = 6
 #: A loss that was logged and is NaN, told from one that was not logged by its sign bit.
 LOGGED_NAN: Final = math.copysign(math.nan, -1.0)
 

@@ -22,6 +22,8 @@ Values = npt.NDArray[np.float32]
 DEPTH: Final = 64
 #: Bytes of pinned memory that copies in flight may hold.
 PINNED_BYTES: Final = 32 * 2**20
+#: What stands in a buffer until its copy lands: a NaN with bits that no arithmetic makes.
+ABSENT: Final = 0x7FC0_6B77
 
 
 class DeviceEvent(Protocol):
@@ -67,6 +69,7 @@ class Lane:
         else:
             buffer = self._pinned(size)
             self._bytes += 4 * size
+        buffer.view(torch.int32).fill_(ABSENT)
         buffer.copy_(values, non_blocking=True)
         event = self._event(values.device)
         event.record()
@@ -79,6 +82,13 @@ class Lane:
             _, buffer, landed = flight.popleft()
             landed(buffer.numpy().copy())
             self._free.setdefault(buffer.numel(), []).append(buffer)
+
+    def salvage(self) -> None:
+        """The device is lost and its events answer no more: hand over the copies that had arrived whole before."""
+        while self._flight:
+            _, buffer, landed = self._flight.popleft()
+            if not bool((buffer.view(torch.int32) == ABSENT).any()):
+                landed(buffer.numpy().copy())
 
     @property
     def in_flight(self) -> int:

@@ -46,6 +46,8 @@ class Row:
     tensor_rates: list[Tensor | float]
     sequence: int = 0
     time: float = 0.0
+    #: Whether a GradScaler skipped it.
+    skipped: bool = False
 
 
 class Recorder:
@@ -57,6 +59,8 @@ class Recorder:
         self._lane = lane
         #: Called with (row, norm that training used, true norm) when a row that took the long way is known.
         self.landed: Callable[[Row, float, float], None] = lambda row, used, true: None
+        #: Called with (row, its device columns) behind a row with tensors that are not finite.
+        self.broken: Callable[[Row, list[float]], None] = lambda row, device: None
         self._held: Row | None = None
         self._previous = started
         self._width = len(columns.device)
@@ -146,6 +150,7 @@ class Recorder:
             self.flush()
         flags, host[6] = clip_columns(row.clips)
         host[5] = float(int(host[5]) | flags)
+        row.skipped = bool(int(host[5]) & col.SKIPPED)
         row.time = time()
         tick = perf_counter()
         host[2] = tick - self._previous
@@ -158,6 +163,8 @@ class Recorder:
             self._device = self._derive(row, [t.detach().float().reshape(-1).numpy() for t in tensors])
             self.sequence = row.sequence = self._steps.append(row.step, row.time, host, self._device)
             self._tensors.append(row.sequence, row.step, row.time)
+            if self._device[col.NONFINITE]:
+                self.broken(row, self._device)
             return
         self._device = []
         self.sequence = row.sequence = self._steps.append(row.step, row.time, host, None)
@@ -197,6 +204,8 @@ class Recorder:
                 self._device = device
             self._steps.complete(row.sequence, device)
             self._tensors.append(row.sequence, row.step, row.time)
+            if device[col.NONFINITE]:
+                self.broken(row, device)
 
         self._lane.send(gather(tensors), landed)
 
@@ -230,12 +239,19 @@ class Recorder:
         return device + [math.nan] * (self._width - len(device))
 
     def drain(self, seconds: float) -> None:
-        """At the end of a run: take in what is still under way, for at most ``seconds``."""
-        self.flush()
-        until = perf_counter() + seconds
-        self._lane.poll()
-        while self._lane.in_flight and perf_counter() < until:
+        """At the end of a run: take in what is still under way, for at most ``seconds``.
+
+        Where the device is lost, what had arrived before is taken in, and its error raised.
+        """
+        try:
+            self.flush()
+            until = perf_counter() + seconds
             self._lane.poll()
+            while self._lane.in_flight and perf_counter() < until:
+                self._lane.poll()
+        except Exception:
+            self._lane.salvage()
+            raise
 
 
 def logged(loss: Number) -> float:

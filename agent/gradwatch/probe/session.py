@@ -19,6 +19,7 @@ from gradwatch.probe import scaler as scalers
 from gradwatch.probe.aside import Aside
 from gradwatch.probe.backward import BackwardWatch
 from gradwatch.probe.contract import Contracts
+from gradwatch.probe.forensics import Forensics
 from gradwatch.probe.lane import Lane, Values, gather, on_host
 from gradwatch.probe.norms import l2_norms
 from gradwatch.probe.optimizer import OptimizerProbe
@@ -58,6 +59,7 @@ class Session:
         self.train = TrainLog(self.recorder, self._losses_uncertain)
         self.contracts = Contracts(self, facts)
         self.recorder.landed = self.contracts.row_landed
+        self.recorder.broken = Forensics(writer, self.event).note
         self.probes = [
             OptimizerProbe(self, name, index, members, positions, columns.tensor_rates)
             for index, (name, members) in enumerate(optimizers.items())

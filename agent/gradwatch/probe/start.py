@@ -155,7 +155,10 @@ def finish(run: Run, session: Session, end: dict[str, Any]) -> None:
     """Write the end, let go of everything."""
     _let_go(run, session)
     if not session.aside.off:
-        session.recorder.drain(DRAIN_SECONDS)
+        try:
+            session.recorder.drain(DRAIN_SECONDS)
+        except Exception as error:  # an accelerator whose context is lost answers nothing any more
+            session.aside.failed(error, "taking in the last values of the device")
     # Also of a run whose recording stepped aside: it ended, and not abruptly.
     session.event("end", **end)
     _sessions.discard(session)
