@@ -34,6 +34,8 @@ def main(how: str, steps: int) -> None:
             raise RuntimeError("the data ran out")
     train()
     print(f"trained {os.getpid()}", flush=True)
+    if os.environ.get("HOLD_BEFORE_THE_END"):
+        sys.stdin.readline()
     if how == "raise":
         raise RuntimeError("the data ran out")
     if how == "exit-3":
@@ -46,6 +48,8 @@ def main(how: str, steps: int) -> None:
         os._exit(137)
     if how == "segfault":
         ctypes.string_at(0)
+    if how == "unfinished":
+        return
     if how == "wait":
         time.sleep(120)
         os._exit(99)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gradwatch.collect.model import RunEnd
 from gradwatch.collect.pace import Pace
-from gradwatch.journal.exits import Exit, read_exit
+from gradwatch.journal.exits import UNKNOWN_STATUS, Exit, read_exit
 from gradwatch.journal.layout import SIGTERM, open_attempt, open_regular
 from gradwatch.journal.manifest import Manifest, clean_text
 
@@ -93,17 +93,29 @@ def is_settled(end: RunEnd | None) -> bool:
     return end is not None and (end.state != "finished" or end.exit_code is not None)
 
 
+def awaits_status(end: RunEnd | None) -> bool:
+    """Whether an end was told while the interpreter left, and its status is still to come."""
+    return end is not None and end.exit_code is None and end.reason.startswith(UNKNOWN_STATUS)
+
+
+def exit_of(status: int, manifest: Manifest) -> Exit:
+    """A wait status that the kernel told of the process that wrote an attempt."""
+    if os.WIFSIGNALED(status):
+        return Exit(manifest.pid, 0.0, signal=os.WTERMSIG(status), core_dumped=os.WCOREDUMP(status))
+    return Exit(manifest.pid, 0.0, exit_code=os.WEXITSTATUS(status))
+
+
 def true_end(told: RunEnd | None, word: Exit | None, stack: str, manifest: Manifest, untold: RunEnd) -> RunEnd:
     """How an attempt ended, by the best witness.
 
-    The trainer itself, where it knew; else its parent; else the stack that
-    SIGTERM left; else ``untold``, with what the parent says of a launcher between the two.
+    The trainer itself, where it knew; else its parent, or the kernel; else the
+    stack that SIGTERM left; else ``untold``, with what the parent says of a launcher between the two.
     """
     if told is not None and is_settled(told):
         return told
     if word is not None and word.pid == manifest.pid:
         if told is not None and word.exit_code == 0:
-            return replace(told, exit_code=0)
+            return replace(told, exit_code=0, reason="" if awaits_status(told) else told.reason)
         return _exact_end(word, stack, told or untold)
     if told is not None:
         return told
@@ -115,7 +127,7 @@ def true_end(told: RunEnd | None, word: Exit | None, stack: str, manifest: Manif
 
 
 def _exact_end(word: Exit, stack: str, known: RunEnd) -> RunEnd:
-    end = replace(known, time=word.time, exit_code=word.exit_code, signal=word.signal)
+    end = replace(known, time=word.time or known.time, exit_code=word.exit_code, signal=word.signal)
     oom = "out of memory: the cgroup's limit killed it" if word.oom_kills else ""
     if word.signal is not None:
         name = _signal_name(word.signal)
@@ -125,7 +137,7 @@ def _exact_end(word: Exit, stack: str, known: RunEnd) -> RunEnd:
             return replace(end, state="killed", reason=name, type=name if stack else "", message=stack)
         return replace(end, state="killed", reason=f"{oom} ({name})" if oom and word.signal == 9 else name)
     if word.exit_code == 0:
-        return replace(end, state="finished", reason="exit status 0, told by nobody but the parent (os._exit)")
+        return replace(end, state="finished", reason="exit status 0, and no word from within (os._exit)")
     if word.exit_code == 128 + signal.SIGKILL:
         reason = f"{oom} (exit status 137)" if oom else "exit status 137: SIGKILL, as out of memory makes it"
         return replace(end, state="killed", reason=reason)

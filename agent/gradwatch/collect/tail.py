@@ -10,10 +10,11 @@ from typing import Any, Final
 import numpy as np
 
 from gradwatch.collect.combine import is_sharded
-from gradwatch.collect.life import is_settled, parents_word, told_end
+from gradwatch.collect.life import awaits_status, exit_of, is_settled, parents_word, told_end
 from gradwatch.collect.line import Line, Progress
 from gradwatch.collect.model import RunEnd
 from gradwatch.collect.rows import Rows
+from gradwatch.collect.witness import Witness
 from gradwatch.journal import JournalError, JournalReader, PayloadRows
 from gradwatch.journal.exits import Exit
 from gradwatch.journal.layout import LOCK
@@ -32,6 +33,8 @@ LINGER_SECONDS: Final = 2.0
 #: killed then, or, where it has told an end, the interpreter still takes itself down, which takes torch seconds.
 PARENT_SECONDS: Final = 3.0
 TEARDOWN_SECONDS: Final = 30.0
+#: For how long the kernel's word is waited for, which comes when the process has been reaped.
+KERNEL_SECONDS: Final = 1.0
 #: Tensors that are named for one broken row, and broken rows that are remembered.
 _NAMED: Final = 8
 _BROKEN_ROWS: Final = 128
@@ -63,7 +66,7 @@ class RankTail:
     trouble: str = ""
     #: The end that the present (or last) attempt told.
     end: RunEnd | None = None
-    #: What the parent of the present (or last) attempt's process told of its end.
+    #: What its parent, or the kernel, told of the end of the present (or last) attempt's process.
     word: Exit | None = None
     manifest: Manifest | None = None
     #: Row of ``steps.ring`` -> names of tensors that were not finite there.
@@ -84,6 +87,9 @@ class RankTail:
     _quiet_since: float | None = None
     _gone_since: float | None = None
     _superseded_since: float | None = None
+    #: Who stands by the writing process, and whether that was tried.
+    _witness: Witness | None = None
+    _stood_by: bool = False
 
     def offer(self, attempt: int, path: Path) -> bool:
         """An attempt was found; whether it is new here."""
@@ -107,6 +113,8 @@ class RankTail:
             return None
         # Asked before reading: what a writer wrote before it was gone is then in what is read.
         self.alive = self.reader.alive()
+        if self.alive and not self._stood_by:
+            self._stood_by, self._witness = True, Witness.of(self.reader.writer_pid)
         try:
             read = self.reader.poll(ROWS_A_POLL)
         except JournalError as error:
@@ -142,7 +150,7 @@ class RankTail:
     def _is_over(self) -> bool:
         """Nothing came: whether nothing can come any more."""
         if not self.alive:
-            return self._parent_has_spoken()
+            return self._others_have_spoken()
         superseded = any(attempt > self.attempt for attempt in self._places)
         if self.end is None and not superseded:
             self._quiet_since = None
@@ -151,17 +159,30 @@ class RankTail:
             self._quiet_since = self.clock()
         return self.clock() - self._quiet_since > LINGER_SECONDS
 
-    def _parent_has_spoken(self) -> bool:
-        """The process is gone: whether its parent told how, cannot know better, or had its time."""
+    def _others_have_spoken(self) -> bool:
+        """The lock is free: whether parent or kernel told how, cannot know better, or had their time."""
         assert self.manifest is not None
-        path = self.path
-        if not self.manifest.parent or is_settled(self.end) or path is None:
+        if is_settled(self.end) or self.path is None:
             return True
         if self._gone_since is None:
             self._gone_since = self.clock()
-        self.word = parents_word(self.manifest, path)
-        patience = PARENT_SECONDS if self.end is None else TEARDOWN_SECONDS
-        return self.word is not None or self.clock() - self._gone_since > patience
+        waited = self.clock() - self._gone_since
+        if self.manifest.parent:
+            self.word = parents_word(self.manifest, self.path)
+            if self.word is not None:
+                return True
+            if waited <= (PARENT_SECONDS if self.end is None else TEARDOWN_SECONDS):
+                return False
+        if self._witness is None:
+            return True
+        status = self._witness.status()
+        if status is not None:
+            self.word = exit_of(status, self.manifest)
+            return True
+        if self.end is None:
+            return waited > KERNEL_SECONDS
+        # Who called `finish` may train something else for hours; an interpreter that leaves is gone in seconds.
+        return not awaits_status(self.end) or waited > TEARDOWN_SECONDS
 
     def _is_outlived(self) -> bool:
         """Whether a later attempt has been there for a while: it speaks for the run, though this one's writer lives."""
@@ -191,9 +212,15 @@ class RankTail:
             return None
         self.line, self.end, self.broken = Line(), None, {}
         self.word, self._gone_since = None, None
+        self._dismiss()
         if self.rank == 0 and self.sharded and reader.manifest.world_size > 1:
             self.line.global_norm = _not_yet
         return reader.manifest
+
+    def _dismiss(self) -> None:
+        if self._witness is not None:
+            self._witness.close()
+        self._stood_by, self._witness = False, None
 
     def _failed(self, error: str, attempt: int, superseded: bool) -> None:
         now = self.clock()
@@ -209,6 +236,7 @@ class RankTail:
         assert self.reader is not None
         self.reader.close()
         self.reader, self.done, self.alive = None, self.attempt, False
+        self._dismiss()
         self._places = {attempt: path for attempt, path in self._places.items() if attempt >= self.attempt}
 
     def _note_broken(self, tensors: PayloadRows) -> None:
@@ -234,8 +262,21 @@ class RankTail:
         self.manifest, self.sharded = reader.manifest, is_sharded(reader.manifest)
         return reader.manifest
 
+    def read_manifests(self) -> dict[int, Manifest]:
+        """The manifests of the attempts that are here, as far as they can be read."""
+        manifests = {}
+        for attempt, path in self._places.items():
+            try:
+                reader = JournalReader(path)
+            except JournalError:
+                continue
+            reader.close()
+            manifests[attempt] = reader.manifest
+        return manifests
+
     def release(self) -> None:
         """Let go of open files; the tail is done with."""
+        self._dismiss()
         if self.reader is not None:
             self.reader.close()
             self.reader = None

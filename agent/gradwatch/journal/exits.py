@@ -20,6 +20,8 @@ from gradwatch.journal.layout import make_private_directory, open_regular
 DIRECTORY: Final = ".parent"
 NAME: Final = re.compile(r"[0-9a-f]{32}")
 _LIMIT: Final = 4_096
+#: How the reason of an ``end`` event begins that was written while the interpreter left, not knowing its own status.
+UNKNOWN_STATUS: Final = "exit status unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Exit:
 
     Attributes:
         pid: of the command, as its parent saw it.
-        time: Unix time.
+        time: Unix time; 0 where nobody looked at a clock.
         exit_code: None where a signal ended it.
         signal: the signal's number, None where it exited.
         core_dumped: whether the kernel wrote a core dump.

@@ -86,11 +86,20 @@ def open_question(path: Path | str, dir_fd: int | None = None) -> int | None:
 
 def is_held(fd: int) -> bool:
     """Whether another process holds the lock on an open file. Never takes it."""
+    return _ask(fd) is not None
+
+
+def holder(fd: int) -> int | None:
+    """The process that holds the lock on an open file, as this PID namespace counts; None where it sees none."""
+    return _ask(fd) or None
+
+
+def _ask(fd: int) -> int | None:
     try:
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)))
     except OSError:
-        return False
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        return None
+    return None if answer[0] == fcntl.F_UNLCK else int(answer[4])
 
 
 def is_locked(path: Path) -> bool:

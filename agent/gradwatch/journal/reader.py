@@ -191,6 +191,10 @@ class JournalReader:
             return liveness.holds(layout.LOCK, self._fds[0])
         return self._lock is not None and liveness.is_held(self._lock)
 
+    def writer_pid(self) -> int | None:
+        """The writer's process, where it lives, is another one, and is seen from this PID namespace."""
+        return None if self._own_lock or self._lock is None else liveness.holder(self._lock)
+
     def poll(self, limit: int = 16_384) -> Events:
         """What has come since the last poll, at most ``limit`` rows of each ring.
 

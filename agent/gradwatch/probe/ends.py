@@ -14,7 +14,9 @@ none of these               ``atexit``                                      fini
 What kills a process from outside (SIGKILL, a segmentation fault, ``os._exit``)
 is for the agent to tell: the journal's lock is free and no end is written.
 ``raise SystemExit(3)``, outside of a ``with`` block of the run, passes through
-no Python code on its way out and is told as finished, its code unknown.
+no Python code on its way out: ``atexit`` sees an orderly end and not its status,
+and the reason says so. The agent makes it true where ``gradwatch run`` or the
+kernel tells the status.
 
 Former hooks are called in turn and put back; forked children are left alone;
 exit codes and printed tracebacks stay what they are.
@@ -32,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn
 
+from gradwatch.journal.exits import UNKNOWN_STATUS
 from gradwatch.probe.secrets import scrub
 from gradwatch.probe.sigterm import SigtermWatch
 
@@ -60,6 +63,10 @@ class End:
     def to_event(self) -> dict[str, Any]:
         """As the keys of an ``end`` event."""
         return asdict(self)
+
+
+#: The interpreter leaves in order, nobody called `finish`, and the status is for others to tell.
+UNKNOWN: Final = End("finished", f"{UNKNOWN_STATUS}: the interpreter left in order, without run.finish()")
 
 
 def end_of(error: BaseException | None) -> End:
@@ -276,7 +283,7 @@ def _remember(error: SystemExit) -> None:
 
 
 def _atexit() -> None:
-    _tell(_hooks.pending or End("finished", exit_code=None))
+    _tell(_hooks.pending or UNKNOWN)
 
 
 def _finalize_in_multiprocessing() -> Any:
