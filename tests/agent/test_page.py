@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import ssl
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from gradwatch.agent.page import curve
-from gradwatch.agent.server import MAX_CONNECTIONS, Server
+from gradwatch.agent.server import MAX_CONNECTIONS, REQUEST_SECONDS, Server
 from gradwatch.agent.web import responder
 from gradwatch.testing import FakeClock, JournalBuilder
 from tests.agent.test_service import Bench
+from tests.services import eventually
 
 EVIL = "<script>alert('x')</script>\"'&\n\x00"
 
@@ -116,6 +118,19 @@ def server(bench: Bench) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """(certificate file, key file) of a server at 127.0.0.1 that signed for itself."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        capture_output=True,
+    )  # fmt: skip
+    assert made.returncode == 0
+    return str(cert), str(key)
+
+
 def test_headers_forbid_scripts_framing_tricks_and_caching(server: Server) -> None:
     with urllib.request.urlopen(f"http://{server.address}/") as answer:
         headers = answer.headers
@@ -149,18 +164,47 @@ def test_silent_clients_do_not_keep_others_out(server: Server) -> None:
             client.close()
 
 
-def test_tls(bench: Bench, tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
-        capture_output=True,
-    )  # fmt: skip
-    assert made.returncode == 0
-    server = Server("127.0.0.1", 0, responder(bench.agent), tls=(str(cert), str(key)))
+@pytest.mark.parametrize("secure", [False, True])
+def test_clients_that_drip_do_not_keep_others_out(bench: Bench, certificate: tuple[str, str], secure: bool) -> None:
+    clock = FakeClock()
+    server = Server("127.0.0.1", 0, responder(bench.agent), tls=certificate if secure else None, clock=clock)
+    server.start()
+    trust = ssl.create_default_context(cafile=certificate[0]) if secure else None
+    url = f"{'https' if secure else 'http'}://{server.address}/healthz"
+
+    def connected() -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10)
+        return client if trust is None else trust.wrap_socket(client, server_hostname="127.0.0.1")
+
+    def answered() -> bool:
+        for client in dripping:
+            with contextlib.suppress(OSError):
+                client.sendall(b"y")
+        try:
+            with urllib.request.urlopen(url, context=trust, timeout=10) as answer:
+                return bool(answer.read() == b"ok\n")
+        except OSError:
+            return False
+
+    dripping = [connected() for _ in range(MAX_CONNECTIONS)]
+    try:
+        for client in dripping:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+        eventually(lambda: len(server._deadlines) == MAX_CONNECTIONS, "all are being read")
+        assert not answered()
+        clock.advance(REQUEST_SECONDS + 1)
+        eventually(answered, "the scraper is answered")
+    finally:
+        for client in dripping:
+            client.close()
+        server.stop()
+
+
+def test_tls(bench: Bench, certificate: tuple[str, str]) -> None:
+    server = Server("127.0.0.1", 0, responder(bench.agent), tls=certificate)
     server.start()
     try:
-        context = ssl.create_default_context(cafile=str(cert))
+        context = ssl.create_default_context(cafile=certificate[0])
         # Another client says nothing, and holds nobody up.
         with (
             socket.create_connection(("127.0.0.1", server.server_address[1])),

@@ -8,12 +8,14 @@ asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
@@ -23,6 +25,9 @@ from gradwatch import __version__
 
 MAX_CONNECTIONS: Final = 32
 TIMEOUT_SECONDS: Final = 10.0
+#: A request has so long from the first wait for it to its answer. The time above is that of one read only: who sends
+#: a byte now and then would never meet it, and 32 of them would keep the scraper out.
+REQUEST_SECONDS: Final = 30.0
 
 #: Nothing is loaded and nothing runs: styles in the page are all it has.
 CONTENT_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -39,6 +44,10 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT_SECONDS
+
+    def handle_one_request(self) -> None:
+        with self.server.bounded(self.connection):
+            super().handle_one_request()
 
     def do_GET(self) -> None:
         self._answer(body=True)
@@ -99,9 +108,13 @@ class Server(ThreadingHTTPServer):
         *,
         token: str | None = None,
         tls: tuple[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Bind. ``tls`` is (certificate file, key file). Raises ``OSError`` where the address cannot be had."""
         self.respond, self.token = respond, token
+        self._clock = clock
+        self._deadlines: dict[socket.socket, float] = {}
+        self._guard = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -121,6 +134,28 @@ class Server(ThreadingHTTPServer):
         if self._context is not None:
             connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, client
+
+    @contextlib.contextmanager
+    def bounded(self, connection: socket.socket) -> Iterator[None]:
+        """Within, a connection has ``REQUEST_SECONDS``; then it is shut, and what reads from it or writes ends."""
+        with self._guard:
+            self._deadlines[connection] = self._clock() + REQUEST_SECONDS
+        try:
+            yield
+        finally:
+            with self._guard:
+                del self._deadlines[connection]
+
+    def service_actions(self) -> None:
+        """Called by the loop that accepts, twice a second and behind every connection."""
+        now = self._clock()
+        # Under the lock, which a connection needs to end: none of these is closed, nor its number another file's.
+        with self._guard:
+            for connection, deadline in self._deadlines.items():
+                if now > deadline:
+                    with contextlib.suppress(OSError):
+                        # Of the plain socket: TLS would drop its state under the thread that reads.
+                        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
