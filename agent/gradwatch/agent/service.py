@@ -228,7 +228,10 @@ class Agent:
             fresh[place.run] = None
         if self._discovery.full and not self._full_told:
             self._full_told = True
-            _log.warning("too-many-attempts dir=%s: the newest ones beyond are not followed", self.settings.root)
+            _log.warning(
+                "too-many-attempts dir=%s: what is beyond the first ones found is not followed; remove old runs",
+                self.settings.root,
+            )
         for run in [*self._waiting, *fresh]:
             followed = self.runs.get(run)
             if followed is not None:

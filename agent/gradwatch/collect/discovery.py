@@ -8,8 +8,10 @@ last one took.
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from os import DirEntry, scandir, stat_result
 from pathlib import Path
 from typing import Final
@@ -18,7 +20,8 @@ from gradwatch.journal import layout
 from gradwatch.journal.layout import Place
 from gradwatch.journal.liveness import is_locked
 
-#: Attempts that are followed at most; of more, the rest is left out and said so.
+#: Attempts that are followed at most, and names that are kept of one directory; of more, the rest is left out and
+#: said so. Names count by themselves, because directories without any attempt cost a look each as well.
 MAX_PLACES: Final = 20_000
 #: Seconds between two looks, and the most that looking may take of the time.
 INTERVAL: Final = 0.25
@@ -97,9 +100,15 @@ class Discovery:
         listed = int(self._wall() * 1e9)
         try:
             with scandir(path) as entries:
-                names = [entry.name for entry in entries if pattern.fullmatch(entry.name) and _is_directory(entry)]
+                fitting = (entry.name for entry in entries if pattern.fullmatch(entry.name) and _is_directory(entry))
+                names = list(islice(fitting, MAX_PLACES + 1))
         except OSError:
             return []
+        if len(names) > MAX_PLACES:
+            # Those that were known stay: what fills a directory must not push out the runs that were there before.
+            before = [] if known is None else [name for name in known.names if _is_real(path / name)]
+            names = list(dict.fromkeys([*before, *names]))[:MAX_PLACES]
+            self.full = True
         self._listings[key] = _Listing(status.st_mtime_ns, listed, names)
         return names
 
@@ -107,6 +116,14 @@ class Discovery:
 def _is_directory(entry: DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _is_real(path: Path) -> bool:
+    """Whether a directory is there, and no link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
     except OSError:
         return False
 
