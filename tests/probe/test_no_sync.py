@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,17 @@ Read = Callable[[gradwatch.Run], Events]
 
 
 @pytest.fixture(scope="module")
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
+    """The first of an accelerator's devices; behind this module, what asks for one finds none any more."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     if torch._C._get_privateuse1_backend_name() != "accel":
         _setup_privateuseone_for_python_backend("accel")
-    return torch.device("accel:0")
+    backend: Any = torch.accel  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "is_available", lambda: True)
+        yield torch.device("accel:0")
+    backend.is_available = lambda: False
 
 
 class NoWaiting(TorchDispatchMode):
