@@ -111,7 +111,7 @@ def _settle(process: AgentProcess, row: Row, killed_at: dict[str, float], writte
     while waiting and time.monotonic() < until:
         metrics = process.metrics()
         now = time.monotonic()
-        for run in [run for run in waiting if ("state:abrupt", run) in metrics]:
+        for run in [run for run in waiting if ("state:killed", run) in metrics or ("state:abrupt", run) in metrics]:
             waiting.discard(run)
             told[run] = now - killed_at[run]
         time.sleep(0.05)
