@@ -274,14 +274,16 @@ def test_the_moving_percentile_knows_only_the_past() -> None:
 def test_norms_of_a_clipped_trajectory_are_conditional(tmp_path: Path) -> None:
     write(tmp_path / "clipped", lognormal(2_000), threshold=1.5)
     write(tmp_path / "free", lognormal(2_000))
-    write(tmp_path / "staging", lognormal(2_000), threshold=1.5, hyperparameters={"clip.measure_only": True})
+    write(tmp_path / "staging", lognormal(2_000), threshold=math.inf)
     clipped, free, staging = (clip_of(tmp_path / name) for name in ("clipped", "free", "staging"))
     assert clipped.clipped is not None
     assert clipped.clipped.clip_rate == pytest.approx((lognormal(2_000) > 1.5).mean())
     assert any("conditional on it" in reason for reason in clipped.reasons)
     assert free.clipped is None
     assert not any("conditional" in reason for reason in (*free.reasons, *staging.reasons))
-    assert any("measure_only" in reason for reason in staging.reasons)
+    assert any("max_norm=math.inf" in reason for reason in clipped.reasons)
+    assert staging.clipped is None
+    assert staging.max_norm == free.max_norm
 
 
 def test_a_clip_of_a_part_is_said_to_have_compared_another_norm(tmp_path: Path) -> None:

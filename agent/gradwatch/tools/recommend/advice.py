@@ -10,9 +10,6 @@ from gradwatch.tools.recommend.decay import DecayAdvice, weight_decay
 from gradwatch.tools.recommend.threshold import ClipAdvice, clip_threshold
 from gradwatch.tools.report.record import Record
 
-#: The hyperparameter that says that no clip acted (``watch(measure_only=True)``).
-MEASURE_ONLY = "clip.measure_only"
-
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -28,12 +25,11 @@ class Advice:
 def recommend(record: Record, findings: Sequence[Finding]) -> Advice:
     """Recommend from what the journals of a run hold, and what was found wrong with it."""
     manifest = record.facts.manifest
-    measured_only = record.facts.hyperparameters.get(MEASURE_ONLY) is True
     clip: list[ClipAdvice] = []
     decay: list[DecayAdvice] = []
     for index, (optimizer, steps) in enumerate(zip(manifest.optimizers, record.optimizers.values())):
         partial = record.missed > 0 and len(steps) > 0 and int(steps.step[0]) > 0
-        clip.append(clip_threshold(index, optimizer, steps, findings, partial, measured_only))
+        clip.append(clip_threshold(index, optimizer, steps, findings, partial))
         decay += weight_decay(index, record, steps, findings, clip[-1].seen)
     facts = record.facts
     return Advice(facts.run, facts.run_name, facts.model, tuple(clip), tuple(decay))

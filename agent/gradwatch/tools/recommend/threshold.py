@@ -66,8 +66,6 @@ class Clipped:
 
     max_norm: float
     clip_rate: float
-    #: Whether gradients stayed unclipped (``watch(measure_only=True)``).
-    measured_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,6 @@ def clip_threshold(
     steps: Steps,
     findings: Sequence[Finding],
     partial: bool,
-    measured_only: bool = False,
 ) -> ClipAdvice:
     """Recommend a threshold for one optimizer from its pre-clip norms.
 
@@ -112,7 +109,7 @@ def clip_threshold(
     part = stable_part(steps, findings, partial, index)
     good = part.norms[part.good]
     wrong = sorted({f.code for f in findings if f.code in MEASURED_WRONGLY and f.active})
-    clipped = _clipped(steps, measured_only)
+    clipped = _clipped(steps)
     known = tuple(norms.quantiles(good)) if len(good) >= norms.QUARTERS else ()
     scale = tuple(norms.medians(good)) if known else ()
     drift = norms.drift(list(scale)) if scale else None
@@ -167,13 +164,13 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _clipped(steps: Steps, measured_only: bool) -> Clipped | None:
+def _clipped(steps: Steps) -> Clipped | None:
     thresholds = steps.threshold[np.isfinite(steps.threshold)]
     if not len(thresholds):
         return None
     taken = int(steps.taken.sum())
     rate = float(steps.clipped.sum()) / taken if taken else 0.0
-    return Clipped(float(thresholds[-1]), rate, measured_only)
+    return Clipped(float(thresholds[-1]), rate)
 
 
 def _candidates(part: Part, known: Sequence[norms.Quantile], clipped: Clipped | None) -> list[Candidate]:
@@ -230,13 +227,11 @@ def _sick(part: Part, threshold: float, percentile: int) -> list[str]:
 def _conditions(clipped: Clipped | None, steps: Steps) -> list[str]:
     """On what the recommendation depends."""
     reasons = []
-    if clipped is not None and clipped.measured_only:
-        reasons.append("No clip acted on this run (measure_only): its norms are those of an unclipped trajectory.")
-    elif clipped is not None and clipped.clip_rate > 0:
+    if clipped is not None and clipped.clip_rate > 0:
         reasons.append(
             f"The run was clipped at {clipped.max_norm:.4g} in {clipped.clip_rate:.1%} of its steps: its norms, though "
             "measured before the clip, are conditional on it, and are lower than without where it tamed something. "
-            "watch(measure_only=True) records a staging run without."
+            "A staging run with max_norm=math.inf in its clip records them without."
         )
     other = steps.taken & np.isfinite(steps.threshold) & np.isfinite(steps.norm)
     other &= steps.clipped != (steps.norm > steps.threshold)
